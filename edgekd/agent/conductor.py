@@ -1,0 +1,208 @@
+"""Leads the workers through a benchmark: who runs when, what the machine did meanwhile, how long it will take."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from . import VERSION
+from .sensors import Sensors, facts, read
+from .worker import AgentError
+
+ACCURACY_CHUNK = 256  # samples between two progress lines
+SETUP_GUESS_S = 1.0  # per launch, until the first one has shown how long it takes
+
+
+class Model:
+    """The conductor's end of a worker."""
+
+    def __init__(self, model: dict[str, str], samples: str) -> None:
+        self.name = model["name"]
+        self.report = {}  # type: dict[str, Any]
+        threads = str(json.loads(read(os.path.join(model["folder"], "engine.json")))["threads"])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __package__, "work", json.dumps(model), samples],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=dict(os.environ, OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads, MKL_NUM_THREADS=threads),
+        )
+
+    def send(self, do: str, **arguments: Any) -> None:
+        """Give a command."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(dict(arguments, do=do)).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # receive() says what the process died of
+
+    def receive(self) -> dict[str, Any]:
+        """Wait for the reply. Raises AgentError when the command failed or the process died."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            status = self.process.wait()
+            died = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+            raise AgentError(f"{self.name}: its process died ({died})")
+        reply = json.loads(line)  # type: dict[str, Any]
+        if "error" in reply:
+            raise AgentError(f"{self.name}: {reply['error']}")
+        return reply
+
+    def call(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Give a command and wait for its reply."""
+        self.send(do, **arguments)
+        return self.receive()
+
+    def close(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+class Watch:
+    """Keeps the telemetry: what the machine did between two looks, apart from what our own processes did."""
+
+    def __init__(self, launch: int, pids: list[int]) -> None:
+        self.launch, self.pids, self.sensors = launch, pids, Sensors()
+        self.series = []  # type: list[dict[str, Any]]
+        self._last = self._look()
+
+    def _look(self) -> tuple[float, float, tuple[float, float] | None]:
+        own = sum(self.sensors.process_cpu_seconds(pid) for pid in self.pids)
+        return time.perf_counter(), own, self.sensors.cpu_seconds()
+
+    def sample(self) -> None:
+        """Add a row about the time since the last one."""
+        (before, own_before, cpu_before), (now, own, cpu) = self._last, self._look()
+        self._last = now, own, cpu
+        row = dict(self.sensors.sample(), launch=self.launch, start_ns=int(before * 1e9), seconds=now - before)
+        if cpu is not None and cpu_before is not None:
+            row["own_cpu_s"] = own - own_before
+            row["foreign_cpu_s"] = cpu[0] - cpu_before[0] - (own - own_before)
+            row["steal_s"] = cpu[1] - cpu_before[1]
+        self.series.append(row)
+
+
+class Bench:
+    """One benchmark: launches of timed rounds, then the accuracy pass."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import numpy as np
+
+        if spec["version"] != VERSION or spec["mode"] != "single_stream":
+            known = f"this agent knows version {VERSION}, mode single_stream"
+            raise AgentError(f"spec of version {spec['version']}, mode {spec['mode']}: {known}")
+        self.spec = spec
+        verify(spec["files"])
+        self.count = len(np.load(spec["samples"], mmap_mode="r", allow_pickle=False))
+        self.reports = {model["name"]: [] for model in spec["models"]}  # type: dict[str, list[dict[str, Any]]]
+        self.telemetry = []  # type: list[dict[str, Any]]
+        self.started = time.perf_counter()
+        self.expected_s = spec["min_seconds"] + SETUP_GUESS_S * spec["launches"]
+        self.shown = 0.0
+
+    def run(self) -> dict[str, Any]:
+        """Do it all; returns what goes into result.json."""
+        launches = self.spec["launches"]
+        for launch in range(launches):
+            models = [Model(model, self.spec["samples"]) for model in self.spec["models"]]
+            self.progress("load")
+            for model in models:
+                model.report.update(model.call("load"))
+            for model in models:
+                model.report.update(model.call("warm_up"))
+            # Whoever goes first in a round goes last in the rounds of the next launch: no place is better on average.
+            self.measure(models if launch % 2 == 0 else models[::-1], launch)
+            if launch == launches - 1:
+                self.classify(models)
+            for model in models:
+                model.call("save", latency_file=f"{model.name}_latency_{launch}.npy")
+                model.close()
+                self.reports[model.name].append(model.report)
+        self.join()
+        self.expected_s = 0.0
+        self.progress("done")
+        return {"version": VERSION, "models": self.reports, "telemetry": self.telemetry, "device": facts()}
+
+    def measure(self, models: list[Model], launch: int) -> None:
+        """Time rounds in which every model runs one block, then every model again in reverse order (A B B A), so that
+        a drift that is linear in time falls on all alike."""
+        spec, launches = self.spec, self.spec["launches"]
+        queries = {
+            model.name: max(1, round(spec["block_seconds"] * 1e9 / model.report["median_ns"])) for model in models
+        }
+        watch = Watch(launch, [os.getpid()] + [model.process.pid for model in models])
+        started = time.perf_counter()
+        elapsed, rounds, enough = 0.0, 0, False
+        while elapsed * launches < spec["max_seconds"] and not (enough and elapsed * launches >= spec["min_seconds"]):
+            for block, model in enumerate(models + models[::-1]):
+                seed = spec["seed"] + 1000 * launch + rounds
+                number = 2 * rounds + block // len(models)
+                model.call("block", launch=launch, block=number, queries=queries[model.name], seed=seed)
+            watch.sample()
+            rounds += 1
+            enough = 2 * rounds * min(queries.values()) * launches >= spec["min_queries"]
+            elapsed = time.perf_counter() - started
+            self.expect(models, launch, elapsed)
+            self.progress("measure")
+        self.telemetry += watch.series
+
+    def expect(self, models: list[Model], launch: int, elapsed: float) -> None:
+        """Update how long the whole will take."""
+        per_launch = max(elapsed, self.spec["min_seconds"] / self.spec["launches"])
+        done = time.perf_counter() - self.started
+        setup = (done - elapsed) / (launch + 1) - (per_launch if launch else 0) * launch / (launch + 1)
+        accuracy = self.count * max(model.report["median_ns"] for model in models) / 1e9
+        left = per_launch - elapsed + (self.spec["launches"] - launch - 1) * (setup + per_launch) + accuracy
+        self.expected_s = done + left
+
+    def classify(self, models: list[Model]) -> None:
+        """Every sample once through every model, all models at a time: nothing is timed here."""
+        for start in range(0, self.count, ACCURACY_CHUNK):
+            self.progress("accuracy")
+            for model in models:
+                model.send("classify", start=start, stop=min(self.count, start + ACCURACY_CHUNK))
+            for model in models:
+                model.receive()
+
+    def join(self) -> None:
+        """One file of latencies per model instead of one per launch."""
+        import numpy as np
+
+        for name in self.reports:
+            parts = [f"{name}_latency_{launch}.npy" for launch in range(self.spec["launches"])]
+            np.save(f"{name}_latency.npy", np.concatenate([np.load(part, allow_pickle=False) for part in parts]))
+            for part in parts:
+                os.remove(part)
+
+    def progress(self, stage: str) -> None:
+        """Tell whoever listens how far we are."""
+        done = time.perf_counter() - self.started
+        left = max(0.0, self.expected_s - done)
+        self.shown = max(self.shown, round(done / (done + left), 4))  # a bar that goes back worries people
+        line = {"progress": self.shown, "left_s": round(left, 1), "stage": stage}
+        sys.stderr.write(json.dumps(line) + "\n")
+        sys.stderr.flush()
+
+
+def verify(files: dict[str, str]) -> None:
+    """Refuse to run files that are not, byte for byte, those that were sent."""
+    for name, expected in sorted(files.items()):
+        digest = hashlib.sha256()
+        try:
+            with open(name, "rb") as file:
+                for chunk in iter(lambda: file.read(1 << 20), b""):
+                    digest.update(chunk)
+        except OSError as error:
+            raise AgentError(f"{name} cannot be read: {error.strerror}") from None
+        if digest.hexdigest() != expected:
+            raise AgentError(f"{name} is corrupted: its sha256 is not the one in the spec")

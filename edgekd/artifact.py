@@ -1,0 +1,217 @@
+"""Artifacts and the store that holds them: content-addressed, published atomically, verified when read.
+
+    <root>/store/<stage>/<key>/{manifest.json, files}   immutable
+    <root>/work/<key>/                                  scratch of a stage: survives a kill, never an artifact
+    <root>/runs/<run-id>/                               what a run found
+
+An artifact's digest covers its files except those under `log/`: it names what was made, not how long that took.
+Files that depend on the clock belong there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekd.errors import StoreError
+
+MANIFEST = "manifest.json"
+LOG = "log"
+SCHEMA_VERSION = 1
+
+
+def key_of(stage: str, version: int, spec: Mapping[str, Any], inputs: Mapping[str, str], facts: Mapping[str, Any]) -> str:
+    """The address of what a stage makes: everything that would make it wrong if it changed.
+
+    inputs: digests of the artifacts it reads; facts: what it reads besides (the data's fingerprint, say).
+    """
+    canonical = json.dumps([stage, version, spec, inputs, facts], sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What one stage made: an immutable folder with a manifest."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def stage(self) -> str:
+        return str(self.manifest["stage"])
+
+    @property
+    def key(self) -> str:
+        return str(self.manifest["key"])
+
+    @property
+    def digest(self) -> str:
+        """sha256 over names and contents of the files, logs left out."""
+        return str(self.manifest["digest"])
+
+    @property
+    def result(self) -> Mapping[str, Any]:
+        """What the stage reported about what it made."""
+        found: Mapping[str, Any] = self.manifest["result"]
+        return found
+
+    def file(self, name: str) -> Path:
+        return self.folder / name
+
+    def verify(self) -> None:
+        """Raises StoreError that names the file whose bytes are not those of the manifest."""
+        for listed in self.manifest["files"]:
+            file = self.folder / listed["path"]
+            if not file.is_file() or sha256_of(file) != listed["sha256"]:
+                raise StoreError(
+                    f"{file} is not what was stored" if file.exists() else f"{file} is gone from the store",
+                    allowed=f"its sha256 was {listed['sha256'][:16]}...",
+                    fix=f"rm -r {self.folder}, then run again: the stage {self.stage} is made anew",
+                )
+
+
+class Store:
+    """The artifacts under one root folder, usually `.edgekd`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """The verified artifact with this key, if it is there. Raises StoreError when it is damaged."""
+        folder = self.root / "store" / stage / key
+        if not folder.is_dir():
+            return None
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            artifact = Artifact(folder, manifest)
+            artifact.verify()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{folder / MANIFEST} cannot be read: {error}", fix=f"rm -r {folder}, then run again: it is made anew"
+            ) from error
+        return artifact
+
+    def work(self, key: str) -> Path:
+        """Scratch space of a stage with this key; what is in it survives a kill."""
+        folder = self.root / "work" / key
+        with _writing(self.root):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def run_folder(self, run_id: str) -> Path:
+        folder = self.root / "runs" / run_id
+        with _writing(self.root):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def cache(self, name: str, of: list[Any]) -> Path:
+        """A folder for what may be recomputed at any time, by what it was computed `of`."""
+        return self.root / "cache" / name / hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()
+
+    @contextlib.contextmanager
+    def locked(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Let one process at a time make an artifact. The kernel drops the lock when its holder dies."""
+        work = self.work(key)
+        with _writing(self.root), (work / "lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def publish(
+        self, stage: str, key: str, fill: Callable[[Path], Mapping[str, Any]], about: Callable[[], Mapping[str, Any]]
+    ) -> Artifact:
+        """Make an artifact: `fill` writes its files into a folder and returns the result; then it appears at once.
+
+        `about` gives what else the manifest tells (inputs, versions, seconds), asked for after `fill`.
+        When `fill` raises, nothing is stored.
+        """
+        final = self.root / "store" / stage / key
+        partial = self.work(key) / f"partial-{os.getpid()}"
+        with _writing(self.root):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            try:
+                result = fill(partial)
+                files = [_listed(partial, file) for file in sorted(partial.rglob("*")) if file.is_file()]
+                manifest = {
+                    "schema_version": SCHEMA_VERSION, "stage": stage, "key": key, "digest": _digest(files),
+                    "files": files, "result": dict(result), **about(),
+                }  # fmt: skip
+                write_synced(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+                final.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    partial.rename(final)
+                except OSError as error:  # another process published the same key first: its artifact is as good
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                        raise
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        found = self.find(stage, key)
+        assert found is not None
+        return found
+
+    def clean_work(self, key: str) -> None:
+        """Drop the scratch space of a stage that is done; a waiting process may still hold the lock file."""
+        for path in (self.root / "work" / key).glob("*"):
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _listed(folder: Path, file: Path) -> dict[str, Any]:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+    return {"path": str(file.relative_to(folder)), "sha256": sha256_of(file), "size_bytes": file.stat().st_size}
+
+
+def _digest(files: list[dict[str, Any]]) -> str:
+    made = [[file["path"], file["sha256"]] for file in files if not file["path"].startswith(f"{LOG}/")]
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+
+
+def write_synced(file: Path, text: str) -> None:
+    """Write a text file so that a kill leaves either the old one or the new one."""
+    partial = file.with_name(f"{file.name}.partial")
+    with partial.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(file)
+
+
+@contextlib.contextmanager
+def _writing(root: Path) -> Iterator[None]:
+    """Turn what the file system refuses into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: ("the disk is full", "free some space, then run again: finished stages are kept"),
+            errno.EDQUOT: ("the disk quota is used up", "free some space, then run again: finished stages are kept"),
+            errno.EACCES: ("it may not be written", "make it writable, or choose another: --store FOLDER"),
+            errno.EPERM: ("it may not be written", "make it writable, or choose another: --store FOLDER"),
+            errno.EROFS: ("the file system is read-only", "choose another: --store FOLDER"),
+            errno.ENOTDIR: ("a file stands where a folder is needed", "choose another: --store FOLDER"),
+            errno.EEXIST: ("a file stands where a folder is needed", "choose another: --store FOLDER"),
+        }
+        if error.errno not in reasons:
+            raise
+        reason, fix = reasons[error.errno]
+        raise StoreError(f"the store {root} cannot be used: {reason} ({error.filename or root})", fix=fix) from error

@@ -1,0 +1,82 @@
+"""How an ONNX file becomes an engine: a folder of files that a runner loads on the device.
+
+A backend is one folder in two halves. `__init__.py` is the host's half: a class under `@register("backend", NAME)` that
+keeps the contract below; its keyword-only parameters are the backend's options. `runner.py` is the device's half: it is
+copied there as a file, so it imports nothing but the standard library, numpy and its runtime, and is Python 3.8. It has
+
+    load(folder: str) -> Runner       # reads the options from <folder>/engine.json; raises when it cannot run as asked
+    Runner.run(x) -> logits           # x float32 [B, C, H, W] -> float32 [B, K]
+    Runner.facts                      # dict: runtime, version and what is really used (providers, threads)
+
+To add a backend, write such a folder; tests/backends/test_conformance.py then tests it on arrival.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from edgekd.errors import MissingError
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A compiled model: the `folder` that `compile` wrote, and the `runner` that loads it."""
+
+    name: str
+    folder: Path
+    runner: Path
+    backend: str
+
+
+class Backend(ABC):
+    """A runtime, or a compiler and its runtime."""
+
+    name: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]]
+    # On a device: `compile` only prepares the files, since the engine depends on the very chip that runs it.
+    builds_on: ClassVar[Literal["host", "device"]]
+    # The ONNX form that this backend runs fastest, for an activation with jumps ("any") and without ("continuous").
+    forms: ClassVar[Mapping[Literal["any", "continuous"], str]]
+    # Path of runner.py.
+    runner: ClassVar[Path]
+
+    @abstractmethod
+    def available(self) -> str:
+        """Empty when the backend can be used on this machine; else "why not: the command that mends it"."""
+
+    def require(self) -> None:
+        """Raise MissingError unless the backend can be used on this machine."""
+        if reason := self.available():
+            why, _, fix = reason.partition(": ")
+            raise MissingError(f'backend "{self.name}" cannot be used here: {why}', fix=fix)
+
+    @abstractmethod
+    def check(self, onnx: Path) -> list[str]:
+        """What keeps this backend from running the model: one sentence each, naming the node; empty when nothing."""
+
+    @abstractmethod
+    def compile(self, onnx: Path, out: Path, *, threads: int) -> dict[str, Any]:
+        """Write the engine's files into the existing folder `out`; return facts for the manifest.
+
+        Raises MissingError when the runtime or a part of it is absent, StageError when the model cannot be compiled.
+        """
+
+
+def write_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    """Write `engine.json`, from which the runner reads its options."""
+    (out / "engine.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_runner(engine: Engine) -> Any:
+    """Open an engine on this machine, by the very file that does so on the device; see above for what it returns."""
+    spec = importlib.util.spec_from_file_location(f"edgekd_runner_{engine.backend}", engine.runner)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.load(str(engine.folder))

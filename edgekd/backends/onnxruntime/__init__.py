@@ -1,0 +1,98 @@
+"""ONNX Runtime: the reference backend; runs the ONNX file as it is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from edgekd.backends import Backend, write_settings
+from edgekd.errors import MissingError, StageError
+from edgekd.registry import register
+
+
+@register("backend", "onnxruntime")
+class OnnxRuntime(Backend):
+    """ONNX Runtime on CPU, or on any execution provider that the device's wheel has.
+
+    Providers are tried in the given order. One that is asked for and not used is an error, never a slow result: without
+    CPUExecutionProvider in the list, no part of the model may fall back to the CPU either.
+    """
+
+    name = "onnxruntime"
+    precisions = ("fp32", "fp16", "int8")
+    builds_on = "host"
+    forms: ClassVar = {"any": "step_sum", "continuous": "clip_sum"}
+    runner = Path(__file__).with_name("runner.py")
+
+    def __init__(
+        self,
+        *,
+        providers: list[str] = ["CPUExecutionProvider"],  # noqa: B006
+        graph_optimization: Literal["disabled", "basic", "extended", "all"] = "all",
+    ) -> None:
+        self.providers, self.graph_optimization = list(providers), graph_optimization
+
+    def available(self) -> str:
+        """Empty, or why ONNX Runtime cannot be used here."""
+        missing = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
+        return f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}" if missing else ""
+
+    def check(self, onnx: Path) -> list[str]:
+        """Problems found by onnx's checker and by making a session."""
+        import onnx as onnx_package
+
+        from edgekd.backends.onnxruntime import runner
+
+        try:
+            onnx_package.checker.check_model(str(onnx), full_check=True)
+        except (onnx_package.checker.ValidationError, onnx_package.shape_inference.InferenceError) as error:
+            return [f"{onnx.name} is not valid ONNX: {_text(error)}"]
+        try:
+            runner.session(str(onnx), self._settings(threads=1))
+        except runner.ProviderError as error:
+            return [str(error)]
+        except runner.FAILURES as error:
+            return [f"onnxruntime cannot load {onnx.name}: {_text(error)}"]
+        return []
+
+    def compile(self, onnx: Path, out: Path, *, threads: int) -> dict[str, Any]:
+        """Copy the model and prove that it loads with exactly the providers asked for."""
+        self.require()
+        from edgekd.backends.onnxruntime import runner
+
+        shutil.copyfile(onnx, out / "model.onnx")
+        write_settings(out, self._settings(threads))
+        try:
+            facts: dict[str, Any] = runner.load(str(out)).facts
+        except runner.ProviderError as error:
+            raise MissingError(
+                str(error),
+                allowed=f"onnxruntime {importlib.metadata.version('onnxruntime')} has here: {', '.join(error.known)}",
+                fix="choose among these, or install a wheel that has it, for CUDA: pip install onnxruntime-gpu",
+            ) from error
+        except runner.FAILURES as error:
+            raise StageError(
+                f"onnxruntime cannot load {onnx}: {_text(error)}",
+                fix="export the model again: the file is damaged, or asks for operators that this onnxruntime lacks",
+            ) from error
+        return {**facts, "onnx": importlib.metadata.version("onnx")}
+
+    def _settings(self, threads: int) -> dict[str, Any]:
+        return {
+            "backend": self.name,
+            "threads": threads,
+            "providers": self.providers,
+            "graph_optimization": self.graph_optimization,
+        }
+
+
+def _text(error: Exception) -> str:
+    """The sentence a user can act on, without the C++ source locations that onnxruntime puts around it."""
+    text = str(error).strip().split("\n\n")[0]
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"^Load model from \S+ failed: ?", "", text)
+    return re.sub(r"/\S+\.(h|cc|cpp):\d+ .*?\) (?=[A-Z])", "", text)

@@ -1,0 +1,281 @@
+"""Deploy two engines to a device, time them against each other there and score them on the same samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd import stats
+from edgekd.backends import Engine
+from edgekd.device import AGENT, JSON_LIMIT_BYTES, Device, Job, last_lines, parsed
+from edgekd.errors import RecipeError, StageError
+
+Progress = Callable[[float, float, str], None]  # share done, seconds left, stage
+
+MIN_LAUNCHES = 6  # fewer give no 95 % interval: see stats.median_interval
+BLOCK_S = 0.05  # long against a scheduler tick, short against what heat and other programs do
+MIN_QUERIES = 64  # MLPerf: below this no p90 holds with 99 % confidence
+MAX_STRETCH = 6  # a slow engine may take this many times the seconds asked for to reach MIN_QUERIES
+SETUP_TIMEOUT_S = 300.0  # to load the runtime and the engines of one launch on a slow board
+MAX_NPY_BYTES = 1 << 30
+
+# A result is VALID when the machine was so quiet and steady that it would repeat. Each limit with its reason:
+MAX_FOREIGN_CPU = 0.10  # share of all cores that others used; above it they compete for cores, cache and clock
+MAX_STEAL = 0.02  # share of all cores' time that the hypervisor gave to other machines
+MAX_BLOCK_CV = 0.05  # spread of the blocks' medians; trtexec warns above 2.5 %, on boards with locked clocks
+MAX_TREND = 0.05  # from the first third to the last: heat or clocks moved the whole result
+MAX_CLOCK_CHANGE = 0.05  # of the fastest core's clock, 5th to 95th percentile over the run
+
+
+def benchmark(
+    student: Engine,
+    teacher: Engine,
+    *,
+    samples: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int64],
+    device: Device,
+    workdir: Path,
+    seconds: float = 10.0,
+    launches: int = 9,
+    mode: Literal["single_stream"] = "single_stream",
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure `student` against `teacher` on `device`; leave raw latencies and logits in `workdir`.
+
+    samples: float32 [N, C, H, W] as the networks take them; labels: int64 [N]; seconds: timed, both engines together, in
+    all launches; launches: 9 are the fewest whose interval survives one odd launch at either end.
+
+    Raises RecipeError for fewer than 6 launches, StageError when an engine cannot be run there. A measurement that does not hold is no error: its `status` is
+    INVALID, with `reasons`.
+    """
+    if launches < MIN_LAUNCHES:
+        raise RecipeError(
+            f"benchmark.launches = {launches} is too few for a 95 % interval",
+            allowed=f"at least {MIN_LAUNCHES}",
+            fix=f"--set benchmark.launches={MIN_LAUNCHES}",
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    engines = {"student": student, "teacher": teacher}
+    settings = {
+        "version": 1,
+        "mode": mode,
+        "launches": launches,
+        "min_seconds": seconds,
+        "max_seconds": MAX_STRETCH * seconds,
+        "min_queries": MIN_QUERIES,
+        "block_seconds": BLOCK_S,
+        "seed": seed,
+    }
+    # Loading must not take forever, nor a query more than a second: it is there for a device that hangs.
+    timeout = launches * SETUP_TIMEOUT_S + 2 * MAX_STRETCH * seconds + len(samples)
+    with device.job() as job:
+        _deploy(job, engines, samples, settings, workdir)
+        argv = [job.python, "-m", "agent", "bench", "spec.json", "--lifeline"]
+        finished = job.run(argv, timeout=timeout, on_stderr_line=_progress_line(on_progress))
+        if finished.status:
+            raise _failure(finished.stderr_tail, device.url)
+        measured = _fetch(job, engines, workdir)
+    tables = {name: _latencies(workdir / f"{name}_latency.npy", name) for name in engines}
+    correct = {name: _correct(workdir / f"{name}_logits.npy", labels, name) for name in engines}
+    return summarize(measured, tables, correct) | {"settings": settings, "argv": argv, "url": device.url}
+
+
+def summarize(
+    measured: Mapping[str, Any],
+    tables: Mapping[str, npt.NDArray[np.int64]],
+    correct: Mapping[str, npt.NDArray[np.bool_]],
+) -> dict[str, Any]:
+    """The result of a measurement: a pure function of what the agent wrote.
+
+    tables: rows (launch, block, start_ns, duration_ns) by model; correct: bool [N] by model.
+    """
+    change, interval = stats.paired_difference(correct["teacher"], correct["student"])
+    won, lost = (correct["student"] & ~correct["teacher"]).sum(), (correct["teacher"] & ~correct["student"]).sum()
+    reasons = invalid_because(measured, tables)
+    return {
+        "status": "INVALID" if reasons else "VALID",
+        "reasons": reasons,
+        "latency": {name: _latency(tables[name], measured["models"][name], name) for name in tables},
+        "accuracy": {name: _accuracy(correct[name], name) for name in correct},
+        "speedup": _speedup(tables["student"], tables["teacher"]),
+        "accuracy_change": {"value": change, "ci95": list(interval), "p_value": stats.mcnemar_p(int(won), int(lost))},
+        "telemetry": measured["telemetry"],
+        "device": measured["device"],
+        "engines": {name: launches[0]["facts"] for name, launches in measured["models"].items()},
+    }
+
+
+def _speedup(student: npt.NDArray[np.int64], teacher: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Teacher's time over student's. Rounds are compared with themselves, so that what slows both falls out; a launch
+    counts as one observation, so that the interval holds for the next launch too (T. Kalibera and R. Jones, "Rigorous
+    benchmarking in reasonable time", ISMM 2013: repeat at the highest level that varies)."""
+    ratios: dict[int, list[float]] = {}
+    for ours, theirs in zip(_rounds(student), _rounds(teacher), strict=True):
+        ratios.setdefault(int(ours[0, 0]), []).append(float(np.median(theirs[:, 3]) / np.median(ours[:, 3])))
+    launches = np.array([np.median(of_launch) for of_launch in ratios.values()])
+    value, interval = stats.median_interval(launches)
+    p_value = stats.mcnemar_p(int((launches > 1).sum()), int((launches < 1).sum()))
+    return {"value": value, "ci95": list(interval), "p_value": p_value, "launches": launches.tolist()}
+
+
+def _rounds(table: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """The table cut into rounds: two blocks each."""
+    launch, block = table[:, 0], table[:, 1]
+    return np.split(table, np.flatnonzero((np.diff(launch) != 0) | (np.diff(block // 2) != 0)) + 1)
+
+
+# ---------------------------------------------------------------- does it hold
+
+
+def invalid_because(measured: Mapping[str, Any], tables: Mapping[str, npt.NDArray[np.int64]]) -> list[str]:
+    """Why the measurement does not hold; empty when it does."""
+    reasons = []
+    for name, table in tables.items():
+        medians = np.array([np.median(rows[:, 3]) for rows in _rounds(table)])
+        if len(table) < MIN_QUERIES:
+            reasons.append(f"too short: {len(table)} queries of the {name}, at least {MIN_QUERIES} are needed for p90")
+        if unsettled := sum(not launch["warmup_stable"] for launch in measured["models"][name]):
+            reasons.append(f"unstable: the {name} did not settle while it was warmed up, in {unsettled} launches")
+        if (cv := stats.robust_cv(medians)) > MAX_BLOCK_CV:
+            reasons.append(
+                f"unstable: the {name}'s medians vary by {cv:.1%} over time, at most {MAX_BLOCK_CV:.0%} allowed"
+            )
+        if abs(drift := stats.trend(medians)) > MAX_TREND:
+            reasons.append(f"unstable: the {name}'s latency drifted by {drift:+.1%}, at most {MAX_TREND:.0%} allowed")
+    return reasons + _disturbances(measured["telemetry"], measured["device"]["cores"])
+
+
+def _disturbances(telemetry: list[dict[str, Any]], cores: int) -> list[str]:
+    """What else the machine did meanwhile."""
+    reasons, seconds = [], sum(row["seconds"] for row in telemetry)
+    for key, limit, what in (
+        ("foreign_cpu_s", MAX_FOREIGN_CPU, "other processes used"),
+        ("steal_s", MAX_STEAL, "the hypervisor took away"),
+    ):
+        share = sum(row.get(key, 0.0) for row in telemetry) / (seconds * cores)
+        if share > limit:
+            reasons.append(f"foreign load: {what} {share:.0%} of the CPU, at most {limit:.0%} allowed")
+    clocks = [max(row["clock_hz"]) for row in telemetry if row["clock_hz"]]
+    if clocks:
+        low, high = np.quantile(clocks, [0.05, 0.95])
+        if high / low - 1 > MAX_CLOCK_CHANGE:
+            reasons.append(f"clocks changed: from {low / 1e6:.0f} to {high / 1e6:.0f} MHz during the run")
+    return reasons
+
+
+# ---------------------------------------------------------------- figures of one model
+
+
+def _latency(table: npt.NDArray[np.int64], launches: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    values = table[:, 3] / 1e6
+    p50, p90, p99 = np.quantile(values, [0.5, 0.9, 0.99])
+    peaks = [launch["peak_rss_bytes"] for launch in launches if launch["peak_rss_bytes"] is not None]
+    return {
+        "p50_ms": float(p50),
+        "p90_ms": float(p90),
+        "p99_ms": float(p99),
+        "p90_early_stopping_ms": stats.early_stopping_percentile(values, 0.90),
+        "p99_early_stopping_ms": stats.early_stopping_percentile(values, 0.99),
+        "mean_ms": float(values.mean()),
+        "std_ms": float(values.std(ddof=1)),
+        "n": len(values),
+        "warmup_n": sum(launch["warmup_n"] for launch in launches),
+        "throughput_per_s": float(1e3 / values.mean()),
+        "import_ms": float(np.median([launch["import_ms"] for launch in launches])),
+        "load_ms": float(np.median([launch["load_ms"] for launch in launches])),
+        "peak_rss_bytes": max(peaks, default=None),
+        "samples_file": f"{name}_latency.npy",
+    }
+
+
+def _accuracy(correct: npt.NDArray[np.bool_], name: str) -> dict[str, Any]:
+    return {
+        "top1": float(correct.mean()),
+        "n": len(correct),
+        "ci95": list(stats.wilson(int(correct.sum()), len(correct))),
+        "logits_file": f"{name}_logits.npy",
+    }
+
+
+# ---------------------------------------------------------------- to the device and back
+
+
+def _deploy(
+    job: Job,
+    engines: Mapping[str, Engine],
+    samples: npt.NDArray[np.float32],
+    settings: Mapping[str, Any],
+    workdir: Path,
+) -> None:
+    np.save(workdir / "samples.npy", np.ascontiguousarray(samples, np.float32))
+    sent = {"agent": AGENT, "samples.npy": workdir / "samples.npy"}
+    for name, engine in engines.items():
+        sent |= {name: engine.folder, f"{name}_runner.py": engine.runner}
+    models = [{"name": name, "folder": name, "runner": f"{name}_runner.py"} for name in engines]
+    spec = dict(settings, models=models, samples="samples.npy", files=_sha256_by_name(sent))
+    (workdir / "spec.json").write_text(json.dumps(spec, indent=2), encoding="utf-8")
+    for name, path in (sent | {"spec.json": workdir / "spec.json"}).items():
+        job.put(path, name)
+
+
+def _sha256_by_name(sent: Mapping[str, Path]) -> dict[str, str]:
+    """The digest of every file below the given files and folders, by its path on the device."""
+    digests = {}
+    for name, path in sent.items():
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.is_file() and "__pycache__" not in file.parts:
+                with file.open("rb") as stream:
+                    target = name if file == path else f"{name}/{file.relative_to(path).as_posix()}"
+                    digests[target] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
+
+
+def _fetch(job: Job, engines: Mapping[str, Engine], workdir: Path) -> dict[str, Any]:
+    job.get("result.json", workdir / "result.json", limit_bytes=JSON_LIMIT_BYTES)
+    for name in engines:
+        for file in (f"{name}_latency.npy", f"{name}_logits.npy"):
+            job.get(file, workdir / file, limit_bytes=MAX_NPY_BYTES)
+    return parsed((workdir / "result.json").read_text(encoding="utf-8"), "the agent's result.json")
+
+
+def _progress_line(on_progress: Progress | None) -> Callable[[str], None]:
+    def on_line(line: str) -> None:
+        if on_progress and line.startswith('{"progress"'):
+            report = json.loads(line)
+            on_progress(float(report["progress"]), float(report["left_s"]), str(report["stage"]))
+
+    return on_line
+
+
+def _failure(stderr: tuple[str, ...], url: str) -> StageError:
+    lines = [line for line in stderr if not line.startswith('{"progress"')]
+    what = "the agent ended without a result"
+    if lines and lines[-1].startswith('{"error"'):
+        what = str(json.loads(lines.pop())["error"])
+    fix = "send it again" if "sha256" in what else "see whether the engine runs there by itself"
+    return StageError(f"benchmark on {url}: {what}", allowed=last_lines(lines) if lines else "", fix=fix)
+
+
+def _latencies(path: Path, name: str) -> npt.NDArray[np.int64]:
+    table: npt.NDArray[np.int64] = np.load(path, allow_pickle=False)
+    if table.ndim != 2 or table.shape[1] != 4 or table.dtype != np.int64 or (table[:, 3] <= 0).any():
+        raise StageError(f"{path.name} does not hold the latencies of the {name}: {table.dtype} {list(table.shape)}")
+    return table
+
+
+def _correct(path: Path, labels: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.bool_]:
+    logits: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
+    if logits.ndim != 2 or len(logits) != len(labels):
+        raise StageError(f"the {name} gave logits {list(logits.shape)} for {len(labels)} samples")
+    finite = np.isfinite(logits).all(axis=1)
+    if not finite.all():
+        what = f"the {name}'s logits are not finite, first for sample {int(finite.argmin())}"
+        raise StageError(what, fix="check the export and the precision")
+    return np.asarray(logits.argmax(axis=1) == labels)

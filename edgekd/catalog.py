@@ -1,0 +1,99 @@
+"""What there is: the registered things with their options, the shipped files, and the health of this install."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from edgekd import __version__, recipe, registry, target
+from edgekd.device import Device
+from edgekd.errors import EdgekdError
+
+# `edgekd list` speaks of many; the registry of one.
+REGISTERED = {f"{kind}s": kind for kind in registry.KINDS}
+FILES = {"recipes": lambda: recipe.SHIPPED, "targets": lambda: target.shipped_folder("targets"),
+         "calib": lambda: target.shipped_folder("calib")}  # fmt: skip
+MIN_FREE_BYTES = 1 << 30
+
+
+def rows(kind: str) -> list[dict[str, Any]]:
+    """Everything of a kind: name, one-line summary, and options as {name: {type, default, required}}."""
+    if kind in REGISTERED:
+        return [_registered(entry) for entry in registry.entries(REGISTERED[kind])]
+    found = []
+    for file in sorted(FILES[kind]().glob("*.yaml")):
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        found.append({"name": file.stem, "summary": content.get("description", ""), "options": {}})
+    return found
+
+
+def options_text(row: dict[str, Any]) -> str:
+    """The options of a row of `rows` as a user writes them: `k=8 continuous=false path=REQUIRED`."""
+    texts = []
+    for name, option in row["options"].items():
+        value = "REQUIRED" if option["required"] else yaml.safe_dump(option["default"], default_flow_style=True)
+        texts.append(f"{name}={value.removesuffix('...' + chr(10)).strip()}")
+    return " ".join(texts)
+
+
+def _registered(entry: registry.Entry) -> dict[str, Any]:
+    options = {
+        option.name: {
+            "type": registry.typename(option.annotation),
+            "default": None if option.required else option.default,
+            "required": option.required,
+        }
+        for option in entry.options.values()
+    }
+    return {"name": entry.name, "summary": entry.doc, "options": options}
+
+
+def health(device: str, store: Path) -> list[dict[str, str]]:
+    """Rows of what was looked at, what was found, and the command that mends it (empty when all is well)."""
+    found = [_row("edgekd", f"{__version__}, Python {sys.version.split()[0]}")]
+    for requirement in importlib.metadata.requires("edgekd") or ():
+        name, _, marker = requirement.partition(";")
+        package = name.split("[")[0].split(">")[0].split("=")[0].strip()
+        if "train" in marker:
+            version = _installed(package)
+            found.append(_row(package, version or "not installed", "" if version else "pip install 'edgekd[train]'"))
+    for entry in registry.entries("backend"):
+        try:
+            reason = registry.create("backend", entry.name).available()
+        except EdgekdError as error:
+            reason = f"{error.what}: {error.fix}"
+        found.append(_row(f"backend {entry.name}", reason.partition(":")[0] or "ready", reason.partition(": ")[2]))
+    found.append(_disk(store))
+    facts = Device(device, store / "work").facts()
+    found += [_row(f"{device} {key}", _short(value)) for key, value in facts.items() if value not in (None, "", [], {})]
+    return found
+
+
+def _disk(store: Path) -> dict[str, str]:
+    folder = next(path for path in (store.absolute(), *store.absolute().parents) if path.exists())
+    if not os.access(folder, os.W_OK):
+        return _row("store", f"{folder} may not be written", "choose another: --store FOLDER")
+    free = shutil.disk_usage(folder).free
+    return _row("store", f"{folder}, {free / 1e9:.1f} GB free", "" if free > MIN_FREE_BYTES else "free some space")
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _row(what: str, found: str, fix: str = "") -> dict[str, str]:
+    return {"what": what, "found": found, "fix": fix}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -1,0 +1,116 @@
+"""What a data set is: images kept as decoded uint8 in memory, with labels, splits and normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+SplitName = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of one image: channels (1 grey, 3 RGB), height and width in pixels."""
+
+    channels: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Samples of one purpose. images: uint8 [N, C, H, W]; labels: int64 [N], each in 0..K-1."""
+
+    images: Images
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: npt.NDArray[np.int64]) -> Split:
+        return Split(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set ready for training. mean, std: one number per channel, on the 0..1 scale, of the train split.
+
+    `notes` tell what the user did not ask for but should know: a test share carved out, images that occur twice.
+    """
+
+    name: str
+    train: Split
+    val: Split
+    test: Split
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of classes."""
+        return len(self.class_names)
+
+    @property
+    def shape(self) -> Shape:
+        """The size of every image of every split."""
+        return Shape(*self.train.images.shape[1:])
+
+    def split(self, name: SplitName) -> Split:
+        """The split of that name."""
+        return {"train": self.train, "val": self.val, "test": self.test}[name]
+
+    def normalized(self, split_name: SplitName) -> npt.NDArray[np.float32]:
+        """The images of a split as a network is fed them: float32 [N, C, H, W], (x / 255 - mean) / std."""
+        return self.normalize(self.split(split_name).images)
+
+    def normalize(self, images: Images) -> npt.NDArray[np.float32]:
+        """(x / 255 - mean) / std of uint8 [N, C, H, W], as float32; bit for bit what `batches` computes in torch."""
+        mean, std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        x = images.astype(np.float32)
+        x /= np.float32(255)
+        x -= mean
+        x /= std
+        return x
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One part of a source as it was read, not yet checked. images: uint8 [N, C, H, W]; labels: [N], meant as integers.
+
+    `where(i)` names the file and place of sample i, for errors; `file` is the file or folder of the whole part.
+    """
+
+    images: Images
+    labels: npt.NDArray[Any]
+    file: Path
+    where: Callable[[int], str]
+
+
+@dataclass(frozen=True, eq=False)
+class RawData:
+    """What a source reads. `class_names` is empty when the source has none: they are then "0", "1", ..."""
+
+    train: Part
+    test: Part | None = None
+    val: Part | None = None
+    class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Source(Protocol):
+    """What is registered as a data set: a class whose keyword-only parameters are its options."""
+
+    def files(self) -> list[Path]:
+        """The files whose content decides what `read` returns. Raises RecipeError when the path is wrong."""
+
+    def read(self) -> RawData:
+        """Read and decode everything. Raises DataError that names the file."""

@@ -1,0 +1,110 @@
+"""One process and all its children: watched, bounded in time and output, and gone when we go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from edgekd.errors import StageError
+
+KEPT_STDERR_LINES = 30
+STDOUT_LIMIT_BYTES = 16 << 20
+GRACE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that ended by itself."""
+
+    argv: tuple[str, ...]
+    status: int
+    stdout: str
+    stderr_tail: tuple[str, ...]
+    seconds: float
+
+    def check(self, what: str) -> None:
+        """Raise StageError with the process's last lines unless it ended well."""
+        if self.status != 0:
+            ended = f"signal {signal.Signals(-self.status).name}" if self.status < 0 else f"exit status {self.status}"
+            raise StageError(f"{what} failed ({ended})", allowed=last_lines(self.stderr_tail))
+
+
+def last_lines(lines: Sequence[str]) -> str:
+    """What a process said last, indented for an error message."""
+    return "its last lines:\n" + "\n".join(f"         {line}" for line in lines[-8:]) if lines else "it said nothing"
+
+
+def run(
+    argv: Sequence[str], *, cwd: Path | None, timeout: float, on_stderr_line: Callable[[str], None] | None = None
+) -> Finished:
+    """Run a command to its end; see `Job.run`."""
+    started = time.monotonic()
+    try:
+        # A session of its own: Ctrl-C in the terminal reaches only us, and we end the whole group.
+        process = subprocess.Popen(
+            argv, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+    except OSError as error:
+        raise StageError(f"{argv[0]} cannot be run: {error.strerror}", fix="check that it is installed") from error
+    assert process.stdout is not None and process.stderr is not None
+    tail: deque[str] = deque(maxlen=KEPT_STDERR_LINES)
+    output = bytearray()
+    readers = {
+        process.stderr: threading.Thread(target=_read_lines, args=(process.stderr, tail, on_stderr_line), daemon=True),
+        process.stdout: threading.Thread(target=_read_bytes, args=(process.stdout, output), daemon=True),
+    }
+    for reader in readers.values():
+        reader.start()
+    try:
+        status = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        raise StageError(
+            f"{' '.join(argv)} did not end within {timeout:.0f} s", allowed=last_lines(list(tail))
+        ) from None
+    finally:
+        _end(process)
+        for stream, reader in readers.items():
+            reader.join(GRACE_S)
+            # A process that left the group may hold the pipe, and its reader, for ever: leave it to them.
+            if not reader.is_alive():
+                stream.close()
+    stdout = output.decode("utf-8", "replace")
+    return Finished(tuple(argv), status, stdout, tuple(tail), time.monotonic() - started)
+
+
+def _read_lines(stream: IO[bytes], tail: deque[str], on_line: Callable[[str], None] | None) -> None:
+    # readline(limit): a process that never ends its line must not fill our memory.
+    for raw in iter(lambda: stream.readline(1 << 16), b""):
+        line = raw.decode("utf-8", "replace").rstrip("\n")
+        tail.append(line)
+        if on_line:
+            on_line(line)
+
+
+def _read_bytes(stream: IO[bytes], output: bytearray) -> None:
+    for chunk in iter(lambda: stream.read(1 << 16), b""):
+        output += chunk[: max(0, STDOUT_LIMIT_BYTES + 1 - len(output))]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Let the process's group go: its standard input is closed, then TERM, then KILL."""
+    assert process.stdin is not None
+    process.stdin.close()
+    for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()

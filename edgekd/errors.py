@@ -1,0 +1,84 @@
+"""Everything that can go wrong, as one tree. Every error carries what the user needs to go on.
+
+EdgekdError             1    a fault of edgekd itself
+├── RecipeError         2    a recipe, an option or a command line that cannot be meant
+├── MissingError        3    a backend, device or optional package that is not here
+├── StageError          4    a stage that failed
+│   ├── DataError            the user's data cannot be used as it is
+│   ├── CheckpointError      weights that are absent, unsafe or do not fit the network
+│   ├── StoreError           the store is corrupt, full or not writable
+│   └── ExportError          the exported graph does not compute what the network computes
+├── BudgetMissed        5    everything ran; a budget of the recipe is not met
+└── ResultInvalid       6    everything ran; the measurement does not hold
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EdgekdError(Exception):
+    """An error in three parts: `what` went wrong, what is `allowed`, and the `fix` to try next.
+
+    `key` is the recipe's dotted key at fault, if one is: whoever knows the recipe's file puts its line into `position`.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, allowed: str = "", fix: str = "", key: str = "") -> None:
+        super().__init__(what)
+        self.what, self.allowed, self.fix, self.key = what, allowed, fix, key
+        self.position = ""
+
+    def __str__(self) -> str:
+        lines = [f"error: {self.position}{self.what}"]
+        if self.allowed:
+            lines.append(f"       {self.allowed}")
+        if self.fix:
+            lines.append(f"fix:   {self.fix}")
+        return "\n".join(lines)
+
+
+class RecipeError(EdgekdError):
+    exit_code = 2
+
+
+class MissingError(EdgekdError):
+    exit_code = 3
+
+
+class StageError(EdgekdError):
+    exit_code = 4
+
+
+class DataError(StageError):
+    pass
+
+
+class CheckpointError(StageError):
+    pass
+
+
+class StoreError(StageError):
+    pass
+
+
+class ExportError(StageError):
+    pass
+
+
+class BudgetMissed(EdgekdError):
+    exit_code = 5
+
+
+class ResultInvalid(EdgekdError):
+    exit_code = 6
+
+
+def unknown(where: str, value: object, known: Iterable[str], *, noun: str, fix: str = "") -> RecipeError:
+    """The error for a name that does not exist: lists the known names and points at the closest one."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(value), names, n=1)
+    allowed = f"known: {', '.join(names) or 'none'}" + (f"   (closest: {close[0]!r})" if close else "")
+    return RecipeError(f'{where} = "{value}" is not a known {noun}', allowed=allowed, fix=fix, key=where)

@@ -1,0 +1,27 @@
+"""No distillation: the baseline that every method has to beat."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from edgekd.methods import Method, Step
+from edgekd.registry import register
+
+
+@register("method", "scratch")
+class Scratch(Method):
+    """Cross-entropy with the labels alone, without a teacher.
+
+    label_smoothing: share of the target spread evenly over the classes (Szegedy et al., CVPR 2016).
+    """
+
+    needs_teacher = False
+
+    def __init__(self, *, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """{ce: scalar}."""
+        return {"ce": F.cross_entropy(step.student_logits, step.y, label_smoothing=self.label_smoothing)}

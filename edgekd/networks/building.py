@@ -1,0 +1,82 @@
+"""A network by its name in a recipe: registered, from timm or torchvision, or the user's own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from edgekd import registry
+from edgekd.errors import RecipeError
+from edgekd.networks.activation_swap import swap_activations
+from edgekd.networks.adapters import foreign_network
+from edgekd.networks.counts import example_of, probing
+
+if TYPE_CHECKING:
+    from edgekd.data import Shape
+
+_log = logging.getLogger(__name__)
+
+
+def build(
+    name: str,
+    options: Mapping[str, Any],
+    shape: Shape,
+    num_classes: int,
+    activation: tuple[str, Mapping[str, Any]],
+    seed: int,
+) -> nn.Module:
+    """Build a network that maps float32 [B,C,H,W] to logits [B,K], on the CPU, in training mode.
+
+    `name` is a registered network, `timm:NAME`, `torchvision:NAME` or `module:callable`. The activation `relu` leaves
+    the network as its authors built it: ReLU in all of edgekd's own but mobilenet_v2, which has ReLU6; any other one
+    replaces all its activations, and a warning is logged for each that it cannot. The weights depend on `seed` alone,
+    and the global random state is left as it was.
+    Raises RecipeError (unknown name or option, something that is no such network), MissingError (a package is absent).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        if ":" in name:
+            network = foreign_network(name, options, shape, num_classes)
+        else:
+            network = registry.create("network", name, shape, num_classes, options=options, where="network")
+        network.float().train()
+        _check_logits(name, network, shape, num_classes)
+        if activation[0] != "relu":
+            report = swap_activations(network, *activation, example_of(network, shape))
+            if not report.swapped:
+                raise RecipeError(
+                    f'network "{name}" has no activation that could become {activation[0]!r}',
+                    allowed="; ".join(f"{path}: {why}" for path, why in report.left.items()) or "it has none at all",
+                    fix='use activation "relu", which leaves the network as it is',
+                )
+            _check_logits(name, network, shape, num_classes)
+            for path, why in report.left.items():
+                _log.warning("network %s keeps its own activation %s: %s", name, path, why)
+    return network
+
+
+def _check_logits(name: str, network: nn.Module, shape: Shape, num_classes: int) -> None:
+    """Raise RecipeError unless a batch of two images gives logits [2,K]."""
+    example = example_of(network, shape)
+    size = f"{shape.channels}x{shape.height}x{shape.width}"
+    try:
+        with probing(network):
+            logits = network(example)
+    except Exception as error:  # the forward may be anybody's
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RecipeError(
+            f'network "{name}" fails on images of {size}: {reason}',
+            allowed=f"needed: float32 [B,{size.replace('x', ',')}] in, logits [B,{num_classes}] out",
+            fix="use a network, or options of this one, for images of this size",
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape != (len(example), num_classes):
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise RecipeError(
+            f'network "{name}" gives {found} for 2 images of {size}',
+            allowed=f"needed: logits, a tensor [2, {num_classes}]: one row for each image, one column for each class",
+            fix="make its forward return the logits alone, with num_classes columns",
+        )

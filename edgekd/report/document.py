@@ -1,0 +1,314 @@
+"""The type of report.json: what a run found, with units in the names and ratios from 0 to 1.
+
+What a run did not find is an `Absent`, which says why; the pages print that sentence in its place.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edgekd.errors import StoreError
+
+SCHEMA_VERSION: Literal[1] = 1
+MAX_SAMPLES = 2000
+
+Rung = Literal["teacher", "scratch", "student", "quantized", "onnx", "engine", "device"]
+RUNGS: tuple[Rung, ...] = get_args(Rung)
+Network = Literal["teacher", "scratch", "student"]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Span = tuple[float, float]
+
+
+class Part(BaseModel):
+    """A frozen piece of the document that refuses unknown fields, NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Absent(Part):
+    """In place of something that this run did not find: the reason, as a sentence for the reader."""
+
+    reason: str = Field(min_length=1)
+
+
+NOT_RECORDED = Absent(reason="This run did not record it.")
+
+
+class Budget(Part):
+    """A limit of the recipe and the value measured against it; `bound` says on which side of the limit is good."""
+
+    name: str
+    limit: float
+    value: float | None
+    met: bool
+    bound: Literal["at most", "at least"] = "at most"
+
+
+class Speedup(Part):
+    """Teacher latency over student latency (above 1: the student is faster) with its 95% interval."""
+
+    value: Positive
+    ci95: Span
+
+
+class AccuracyChange(Part):
+    """Student top-1 minus teacher top-1 on the same samples, as a ratio, with 95% interval and McNemar's p-value."""
+
+    value: float = Field(ge=-1, le=1)
+    ci95: Span
+    p_value: Ratio
+
+
+class Verdict(Part):
+    """Whether the measurement holds, why not, and what it says."""
+
+    status: Literal["VALID", "INVALID"]
+    reasons: list[str] = []
+    budgets: list[Budget] = []
+    speedup: Speedup | Absent = NOT_RECORDED
+    accuracy_change: AccuracyChange | Absent = NOT_RECORDED
+
+    @model_validator(mode="after")
+    def _invalid_says_why(self) -> Self:
+        if self.status == "INVALID" and not self.reasons:
+            raise ValueError("an INVALID verdict needs at least one reason")
+        return self
+
+
+class LadderRow(Part):
+    """Accuracy at one step from the teacher to the device; either `top1` with `n` and `ci95`, or a `reason`."""
+
+    rung: Rung
+    top1: Ratio | None = None
+    n: Count | None = None
+    ci95: tuple[Ratio, Ratio] | None = None
+    agreement_with_teacher: Ratio | None = None
+    size_bytes: Count | None = None
+    params: Count | None = None
+    macs: Count | None = None
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _measured_or_explained(self) -> Self:
+        measured = [self.top1 is not None, self.n is not None, self.ci95 is not None]
+        if any(measured) != all(measured):
+            raise ValueError(f"rung {self.rung}: top1, n and ci95 go together")
+        if all(measured) == bool(self.reason):
+            raise ValueError(f"rung {self.rung}: give either top1, n and ci95, or a reason")
+        return self
+
+
+class Latency(Part):
+    """One model's latencies on the target, in the fields of `edgekd.bench`.
+
+    The early-stopping percentiles are MLPerf's estimates that hold with 99% confidence, None with too few queries.
+    The samples are in time order; more than `MAX_SAMPLES` are thinned evenly.
+    """
+
+    p50_ms: Positive
+    p90_ms: Positive
+    p99_ms: Positive
+    p90_early_stopping_ms: float | None = None
+    p99_early_stopping_ms: float | None = None
+    mean_ms: Positive
+    std_ms: float = Field(ge=0)
+    n: int = Field(gt=0)
+    warmup_n: Count
+    throughput_per_s: Positive
+    import_ms: float | None = None
+    load_ms: float | None = None
+    peak_rss_bytes: Count | None = None
+    samples_file: str | None = None
+    samples_ms: list[Positive] = []
+    samples_time_s: list[float] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _thin_samples(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        series = ("samples_ms", "samples_time_s")
+        return fields | {name: _thinned(fields[name]) for name in series if name in fields}
+
+    @model_validator(mode="after")
+    def _one_time_per_sample(self) -> Self:
+        if len(self.samples_ms) != len(self.samples_time_s):
+            raise ValueError("samples_ms and samples_time_s differ in length")
+        return self
+
+
+class Latencies(Part):
+    """Student and teacher on the same device, interleaved in one session."""
+
+    student: Latency | Absent = NOT_RECORDED
+    teacher: Latency | Absent = NOT_RECORDED
+
+
+class Epoch(Part):
+    """One pass over the training set; `val_accuracy` on the validation split."""
+
+    epoch: Count
+    train_loss: float
+    train_accuracy: Ratio | None = None
+    val_accuracy: Ratio | None = None
+    lr: float
+    seconds: float = Field(ge=0)
+
+
+class Training(Part):
+    """How one network was trained."""
+
+    epochs: list[Epoch] = Field(min_length=1)
+
+
+class Confusion(Part):
+    """Counts by [true class][predicted class], K x K, over the test set, on the device where it was measured there."""
+
+    classes: list[str] = Field(min_length=1)
+    student: list[list[Count]]
+    teacher: list[list[Count]] | Absent = NOT_RECORDED
+
+    @model_validator(mode="after")
+    def _square(self) -> Self:
+        k = len(self.classes)
+        for name in ("student", "teacher"):
+            matrix = getattr(self, name)
+            if not isinstance(matrix, Absent) and [len(row) for row in matrix] != [k] * k:
+                raise ValueError(f"confusion.{name} is not {k} x {k}, one row and column per class")
+        return self
+
+
+class Histogram(Part):
+    """Counts of a layer's inputs in equal bins from `low` to `high`, and how many lie outside."""
+
+    low: float
+    high: float
+    counts: list[Count] = Field(min_length=1)
+    below: Count = 0
+    above: Count = 0
+
+    @model_validator(mode="after")
+    def _low_below_high(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"a histogram from {self.low} to {self.high} has no bins")
+        return self
+
+
+class Activation(Part):
+    """The learned activation of one layer: its parameters, its curve (x, y), and the inputs that it meets."""
+
+    name: str
+    kind: str
+    k: int | None = None
+    continuous: bool | None = None
+    mu: float | None = None
+    sigma: float | None = None
+    cuts: list[float] = []
+    slopes: list[float] = []
+    biases: list[float] = []
+    max_jump: float | None = None
+    x: list[float] = Field(min_length=2)
+    y: list[float] = Field(min_length=2)
+    histogram: Histogram | None = None
+
+    @model_validator(mode="after")
+    def _one_y_per_x(self) -> Self:
+        if len(self.x) != len(self.y):
+            raise ValueError(f"activation {self.name}: x and y differ in length")
+        return self
+
+
+class Telemetry(Part):
+    """Sensor readings during the benchmark; `series` by name with unit suffix, None where a sensor gave nothing."""
+
+    time_s: list[float]
+    series: dict[str, list[float | None]]
+
+    @model_validator(mode="after")
+    def _one_reading_per_time(self) -> Self:
+        for name, values in self.series.items():
+            if len(values) != len(self.time_s):
+                raise ValueError(f"telemetry {name}: {len(values)} readings at {len(self.time_s)} times")
+        return self
+
+
+class StageArtifact(Part):
+    """What one stage made: its key in the store and the SHA-256 of its manifest."""
+
+    stage: str
+    key: str
+    sha256: str
+    size_bytes: Count
+    files: list[str] = []
+
+
+class Document(Part):
+    """All that a report says. The same document always gives the same report, byte for byte."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    run_id: str
+    created: str
+    command: str
+    recipe: dict[str, Any]
+    target: dict[str, Any]
+    verdict: Verdict
+    ladder: list[LadderRow]
+    latency: Latencies = Latencies()
+    training: dict[Network, Training | Absent] = {}
+    confusion: Confusion | Absent = NOT_RECORDED
+    activation: list[Activation] | Absent = NOT_RECORDED
+    quantization: dict[str, Any] | Absent = NOT_RECORDED
+    telemetry: Telemetry | Absent = NOT_RECORDED
+    environment: dict[str, Any] = {}
+    artifacts: list[StageArtifact] = []
+    notes: list[str] = []
+
+    @property
+    def target_name(self) -> str:
+        """The name of the target as the reader knows it."""
+        return str(self.target.get("name", "an unnamed target"))
+
+    def row(self, rung: str) -> LadderRow | None:
+        """The ladder's row of `rung`, or None when the run has no such rung."""
+        return next((row for row in self.ladder if row.rung == rung), None)
+
+    def to_json(self) -> str:
+        """The document as JSON text, fields in the order of this class, ending in a newline."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def load(path: Path) -> Document:
+    """Read a report.json; raises `StoreError` for a missing or damaged file or one of another schema version."""
+    rerun = "make the report again: edgekd report"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StoreError(f"{path}: cannot read the report ({error.strerror})", fix=rerun) from error
+    except ValueError as error:
+        raise StoreError(f"{path}: not a report, the JSON is damaged ({error})", fix=rerun) from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise StoreError(
+            f"{path}: schema_version = {json.dumps(version)} cannot be read",
+            allowed=f"this edgekd reads schema_version {SCHEMA_VERSION}",
+            fix=f"use the edgekd that wrote it, or {rerun}",
+        )
+    try:
+        return Document.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(step) for step in first["loc"])
+        raise StoreError(f"{path}: {where or 'document'}: {first['msg']}", fix=rerun) from error
+
+
+def _thinned(values: Any) -> Any:
+    """Every so-many-th value such that at most `MAX_SAMPLES` remain: keeps the time order and the distribution."""
+    if not isinstance(values, list | tuple) or len(values) <= MAX_SAMPLES:
+        return values
+    return [values[i * len(values) // MAX_SAMPLES] for i in range(MAX_SAMPLES)]

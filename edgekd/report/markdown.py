@@ -1,0 +1,68 @@
+"""The report in short, as Markdown for a pull request or a job summary."""
+
+from __future__ import annotations
+
+from edgekd.report import tables
+from edgekd.report.document import Absent, Document
+from edgekd.report.formatting import DASH, flat
+from edgekd.report.tables import Table
+
+
+def markdown_from_document(document: Document) -> str:
+    """Verdict, ladder, latency, environment and the command that reproduces them, in GitHub's dialect."""
+    verdict = document.verdict
+    parts = [f"# {_inline(tables.headline(document))}", f"**{verdict.status}** · run {_inline(document.run_id)}"]
+    if verdict.reasons:
+        parts.append("\n".join(f"- {_inline(reason)}" for reason in verdict.reasons))
+    parts.append(
+        "\n".join(
+            f"- **{finding.name}**: {_inline(finding.value)} ({_inline(finding.detail)})"
+            for finding in tables.findings(document)
+        )
+    )
+    for heading, table in (
+        ("Budgets", tables.budgets(document)),
+        ("Accuracy", tables.ladder(document)),
+        ("Latency", tables.latency(document)),
+    ):
+        parts += [f"## {heading}", _inline(table.reason) if isinstance(table, Absent) else _table(table)]
+    facts = flat(document.environment)
+    rows = "\n".join(f"| {_inline(name)} | {_inline(value)} |" for name, value in facts)
+    parts += ["## Environment", f"| Fact | Value |\n|:---|:---|\n{rows}" if facts else "The run recorded no facts."]
+    parts += ["## Reproduce", _code(document.command)]
+    if document.notes:
+        parts += ["## Notes", "\n".join(f"- {_inline(note)}" for note in document.notes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(table: Table) -> str:
+    width = len(table.columns)
+    lines = [
+        _line(table.columns),
+        _line([":---" if column in table.text_columns else "---:" for column in range(width)]),
+    ]
+    for row in table.rows:
+        cells = list(row.cells)
+        if row.reason:
+            cells += [DASH] * (width - len(cells) - 1) + [row.reason]
+        lines.append(_line([_inline(cell) for cell in cells]))
+    return "\n".join(lines) + "".join(f"\n\n{_inline(note)}" for note in table.notes)
+
+
+def _line(cells: list[str] | tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _inline(text: str) -> str:
+    """Text that cannot become markup: no HTML, no table cell, no emphasis, no link, no second line."""
+    for character in "\\`*_[]|~#":
+        text = text.replace(character, "\\" + character)
+    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split())
+
+
+def _code(text: str) -> str:
+    """A fenced block whose fence is longer than any run of back-ticks inside."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}sh\n{text}\n{fence}"

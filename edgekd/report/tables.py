@@ -1,0 +1,309 @@
+"""What the report says in words and tables, in one form that both the HTML and the Markdown page print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekd.report.document import RUNGS, Absent, Confusion, Document, LadderRow, Latency
+from edgekd.report.formatting import (
+    DASH,
+    count,
+    fact,
+    milliseconds,
+    number,
+    p_value,
+    percent,
+    points,
+    quantity,
+    size,
+    times,
+)
+
+RUNG_LABELS = {
+    "teacher": "Teacher",
+    "scratch": "Student, no teacher",
+    "student": "Student, distilled",
+    "quantized": "Quantized",
+    "onnx": "ONNX",
+    "engine": "Engine",
+    "device": "On the device",
+}
+NO_SUCH_RUNG = "This run has no such rung."
+SIGNIFICANT = 0.05
+CHANGED_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; an absent one has only its first cell and a `reason`."""
+
+    cells: tuple[str, ...]
+    reason: str = ""
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of text; the first cell of a row names it, columns outside `text_columns` are numbers."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    text_columns: frozenset[int] = frozenset({0})
+    code_columns: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One headline figure: its name, its value, and what the reader must know to trust it."""
+
+    name: str
+    value: str
+    detail: str
+    good: bool | None = None
+
+
+def headline(document: Document) -> str:
+    """What changed, in one line: "4.21x faster, −0.40 points of accuracy, on raspberry-pi-5"."""
+    speedup, change = document.verdict.speedup, document.verdict.accuracy_change
+    if isinstance(speedup, Absent) and isinstance(change, Absent):
+        return f"Not compared with a teacher, on {document.target_name}"
+    if isinstance(speedup, Absent):
+        speed = "Speed not compared"
+    elif speedup.ci95[0] <= 1 <= speedup.ci95[1]:
+        speed = "As fast as its teacher"
+    else:
+        speed = f"{times(speedup.value)} faster" if speedup.value > 1 else f"{times(1 / speedup.value)} slower"
+    accuracy = "accuracy not compared" if isinstance(change, Absent) else f"{points(change.value)} of accuracy"
+    return f"{speed}, {accuracy}, on {document.target_name}"
+
+
+def findings(document: Document) -> list[Finding]:
+    """The headline figures: speed-up, accuracy change, size, 99th percentile, budgets."""
+    return [_speedup(document), _accuracy(document), _size(document), _tail(document), _budgets_met(document)]
+
+
+def _speedup(document: Document) -> Finding:
+    speedup = document.verdict.speedup
+    if isinstance(speedup, Absent):
+        return Finding("Speed-up", DASH, speedup.reason)
+    low, high = speedup.ci95
+    return Finding("Speed-up", times(speedup.value), f"median latency; 95% interval {times(low)} to {times(high)}")
+
+
+def _accuracy(document: Document) -> Finding:
+    change = document.verdict.accuracy_change
+    if isinstance(change, Absent):
+        return Finding("Accuracy change", DASH, change.reason)
+    low, high = (points(end).removesuffix(" points") for end in change.ci95)
+    significance = "a significant" if change.p_value < SIGNIFICANT else "no significant"
+    detail = f"95% interval {low} to {high}; {significance} difference (McNemar {p_value(change.p_value)})"
+    return Finding("Accuracy change", points(change.value), detail)
+
+
+def _size(document: Document) -> Finding:
+    teacher = document.row("teacher")
+    deployed = [row for row in map(document.row, ("onnx", "engine", "device")) if row and row.size_bytes]
+    if not teacher or not teacher.size_bytes or not deployed or not deployed[-1].size_bytes:
+        return Finding("Size", DASH, "The run did not record the size of both models.")
+    ratio = teacher.size_bytes / deployed[-1].size_bytes
+    text = f"{times(ratio)} smaller" if ratio >= 1 else f"{times(1 / ratio)} larger"
+    return Finding("Size", text, f"{size(deployed[-1].size_bytes)}; teacher {size(teacher.size_bytes)}")
+
+
+def _tail(document: Document) -> Finding:
+    student, teacher = document.latency.student, document.latency.teacher
+    if isinstance(student, Absent):
+        return Finding("Latency, p99", DASH, student.reason)
+    other = "teacher not measured" if isinstance(teacher, Absent) else f"teacher {milliseconds(teacher.p99_ms)}"
+    return Finding("Latency, p99", milliseconds(student.p99_ms), f"median {milliseconds(student.p50_ms)}; {other}")
+
+
+def _budgets_met(document: Document) -> Finding:
+    all_budgets = document.verdict.budgets
+    if not all_budgets:
+        return Finding("Budgets", DASH, "The recipe sets no budget.")
+    missed = [budget.name for budget in all_budgets if not budget.met]
+    detail = f"missed: {', '.join(missed)}" if missed else "every budget of the recipe is met"
+    return Finding("Budgets", f"{len(all_budgets) - len(missed)} of {len(all_budgets)} met", detail, good=not missed)
+
+
+def budgets(document: Document) -> Table | Absent:
+    """The recipe's limits and what was measured against them."""
+    if not document.verdict.budgets:
+        return Absent(reason="The recipe sets no budget.")
+    rows = [
+        Row(
+            (
+                budget.name,
+                f"{budget.bound} {quantity(budget.name, budget.limit)}",
+                DASH if budget.value is None else quantity(budget.name, budget.value),
+                "met" if budget.met else "MISSED",
+            )
+        )
+        for budget in document.verdict.budgets
+    ]
+    return Table(
+        "The limits of the recipe and what was measured against them",
+        ("Budget", "Limit", "Measured", "Result"),
+        tuple(rows),
+    )
+
+
+def ladder(document: Document) -> Table:
+    """Accuracy and cost at every step from the teacher to the device; every rung is named, measured or not."""
+    teacher = document.row("teacher")
+    rows = tuple(_ladder_row(rung, document.row(rung), teacher) for rung in RUNGS)
+    columns = ("Rung", "Top-1", "95% interval", "To teacher", "Agreement", "Samples", "Size", "Params", "MACs")
+    notes = (
+        "To teacher: top-1 minus the teacher's, in percentage points. Agreement: share of samples on which the rung "
+        f"and the teacher predict the same class. {DASH}: not recorded at this rung.",
+    )
+    return Table("Accuracy ladder, every rung on the same test samples", columns, rows, notes)
+
+
+def ladder_reading(document: Document) -> list[str]:
+    """What the ladder says in words: the smaller network, its teacher's gift, the way to the device."""
+    top1 = {row.rung: row.top1 for row in document.ladder if row.top1 is not None}
+    steps = (
+        ("teacher", "student", "From the teacher to the distilled student"),
+        (
+            "scratch",
+            "student",
+            "What the teacher gave: the distilled student against the same student without a teacher",
+        ),
+        ("student", "device", "On the way from the trained student to the device"),
+    )
+    return [f"{text}: {points(top1[b] - top1[a])}." for a, b, text in steps if a in top1 and b in top1]
+
+
+def _ladder_row(rung: str, row: LadderRow | None, teacher: LadderRow | None) -> Row:
+    label = RUNG_LABELS[rung]
+    if row is None or row.top1 is None or row.ci95 is None or row.n is None:
+        return Row((label,), reason=(row and row.reason) or NO_SUCH_RUNG)
+    compared = rung != "teacher" and teacher is not None and teacher.top1 is not None
+    change = points(row.top1 - teacher.top1).removesuffix(" points") if compared else DASH  # type: ignore[union-attr, operator]
+    low, high = row.ci95
+    cells = (
+        label,
+        percent(row.top1),
+        f"{percent(low).removesuffix('%')} to {percent(high)}",
+        change,
+        _or_dash(row.agreement_with_teacher, percent),
+        f"{row.n:,}",
+        _or_dash(row.size_bytes, size),
+        _or_dash(row.params, count),
+        _or_dash(row.macs, count),
+    )
+    return Row(cells, strong=rung in ("teacher", "device"))
+
+
+def latency(document: Document) -> Table | Absent:
+    """Both models' latency side by side, and by what factor the student is better."""
+    student, teacher = document.latency.student, document.latency.teacher
+    if isinstance(student, Absent):
+        return student
+    lines: list[tuple[str, Callable[[Latency], float | None], Callable[[float], str]]] = [
+        ("p50", lambda m: m.p50_ms, milliseconds),
+        ("p90", lambda m: m.p90_ms, milliseconds),
+        ("p99", lambda m: m.p99_ms, milliseconds),
+        ("p90, early stopping", lambda m: m.p90_early_stopping_ms, milliseconds),
+        ("p99, early stopping", lambda m: m.p99_early_stopping_ms, milliseconds),
+        ("mean", lambda m: m.mean_ms, milliseconds),
+        ("standard deviation", lambda m: m.std_ms, milliseconds),
+        ("throughput", lambda m: m.throughput_per_s, lambda v: f"{number(v)} /s"),
+        ("time to import the runtime", lambda m: m.import_ms, milliseconds),
+        ("time to load the model", lambda m: m.load_ms, milliseconds),
+        ("peak memory (RSS)", lambda m: m.peak_rss_bytes, size),
+        ("inferences timed", lambda m: m.n, lambda v: f"{v:,.0f}"),
+        ("warm-up, not timed", lambda m: m.warmup_n, lambda v: f"{v:,.0f}"),
+    ]
+    measured_teacher = None if isinstance(teacher, Absent) else teacher
+    rows = []
+    for name, value, text in lines:
+        ours, theirs = value(student), value(measured_teacher) if measured_teacher else None
+        ratio = times(ours / theirs if name == "throughput" else theirs / ours) if ours and theirs else ""
+        ratio = "" if name in COUNTED else ratio
+        rows.append(Row((name, _or_dash(ours, text), _or_dash(theirs, text), ratio), strong=name == "p50"))
+    notes = [
+        "Early stopping: MLPerf's estimate, an upper bound of the percentile that holds with 99% confidence; "
+        f"{DASH}: too few inferences for it, or not recorded."
+    ]
+    if isinstance(teacher, Absent):
+        notes.append(f"Teacher not measured: {teacher.reason}")
+    files = [m.samples_file for m in (student, measured_teacher) if m and m.samples_file]
+    if files:
+        notes.append(f"Every sample: {', '.join(files)}")
+    columns = ("Measure", "Student", "Teacher", "Student better by")
+    return Table(
+        f"One inference on {document.target_name}, both models in one session", columns, tuple(rows), tuple(notes)
+    )
+
+
+COUNTED = ("inferences timed", "warm-up, not timed")
+
+
+def training(document: Document) -> Table:
+    """How long each network was trained and where it ended on the validation split."""
+    rows = []
+    for name in ("teacher", "scratch", "student"):
+        run = document.training.get(name)  # type: ignore[call-overload]
+        label = RUNG_LABELS[name]
+        if run is None or isinstance(run, Absent):
+            rows.append(Row((label,), reason=run.reason if run else "This run did not train it."))
+            continue
+        accuracies = [epoch.val_accuracy for epoch in run.epochs if epoch.val_accuracy is not None]
+        seconds = sum(epoch.seconds for epoch in run.epochs)
+        cells = (
+            label,
+            str(len(run.epochs)),
+            number(run.epochs[-1].train_loss),
+            percent(accuracies[-1]) if accuracies else DASH,
+            percent(max(accuracies)) if accuracies else DASH,
+            f"{number(seconds)} s",
+        )
+        rows.append(Row(cells))
+    columns = ("Network", "Epochs", "Final loss", "Final accuracy", "Best accuracy", "Time")
+    return Table("What each training cost and where it ended on the validation split", columns, tuple(rows))
+
+
+def changed_classes(confusion: Confusion) -> Table | Absent:
+    """The classes whose recall the student changed most against the teacher."""
+    if isinstance(confusion.teacher, Absent):
+        return confusion.teacher
+    student, teacher = (recall(matrix) for matrix in (confusion.student, confusion.teacher))
+    change = student - teacher
+    order = sorted(range(len(change)), key=lambda c: (-abs(np.nan_to_num(change[c])), c))[:CHANGED_CLASSES]
+    rows = [
+        Row((confusion.classes[c], percent(teacher[c]), percent(student[c]), points(change[c])))
+        for c in order
+        if not np.isnan(change[c])
+    ]
+    return Table("Classes that changed most (recall)", ("Class", "Teacher", "Student", "Change"), tuple(rows))
+
+
+def recall(matrix: list[list[int]]) -> np.ndarray:
+    """Share of each true class that is predicted right, [K]; NaN for a class without samples."""
+    counts = np.asarray(matrix, dtype=float)
+    samples = counts.sum(axis=1)
+    return np.where(samples > 0, np.diag(counts) / np.maximum(samples, 1), np.nan)
+
+
+def artifacts(document: Document) -> Table | Absent:
+    """What every stage made, with the hash that identifies it."""
+    if not document.artifacts:
+        return Absent(reason="The run recorded no artifact.")
+    rows = [
+        Row((made.stage, made.sha256, made.key, size(made.size_bytes), fact(made.files))) for made in document.artifacts
+    ]
+    columns = ("Stage", "SHA-256", "Store key", "Size", "Files")
+    caption = "What each stage made; the SHA-256 identifies it"
+    return Table(caption, columns, tuple(rows), text_columns=frozenset({0, 1, 2, 4}), code_columns=frozenset({1, 2}))
+
+
+def _or_dash(value: float | None, text: Callable[..., str]) -> str:
+    return DASH if value is None else text(value)

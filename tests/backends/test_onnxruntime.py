@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import re
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from edgekd import registry
+from edgekd.backends.onnxruntime import runner
+from edgekd.errors import MissingError, RecipeError, StageError
+
+
+def create(**options):
+    return registry.create("backend", "onnxruntime", options=options)
+
+
+@pytest.mark.parametrize("graph_optimization", ["disabled", "basic", "extended", "all"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_logits_equal_the_numpy_formula(make_onnx, expected, tmp_path, graph_optimization, threads):
+    create(graph_optimization=graph_optimization).compile(make_onnx(), tmp_path, threads=threads)
+    opened = runner.load(str(tmp_path))
+    x = np.random.default_rng(1).standard_normal((7, 3, 6, 6)).astype(np.float32)
+    np.testing.assert_allclose(opened.run(x), expected(x), rtol=1e-4, atol=1e-5)
+    assert opened.facts["graph_optimization"] == graph_optimization
+    assert opened.facts["threads"] == threads
+
+
+def test_a_provider_that_is_not_here_is_missing(make_onnx, tmp_path):
+    backend = create(providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    with pytest.raises(MissingError) as caught:
+        backend.compile(make_onnx(), tmp_path, threads=1)
+    text = str(caught.value)
+    assert text.startswith("error: onnxruntime has no CUDAExecutionProvider on this machine\n       onnxruntime ")
+    assert " has here: " in text
+    assert "CPUExecutionProvider" in text
+    assert "pip install onnxruntime-gpu" in text
+    assert backend.check(make_onnx()) == ["onnxruntime has no CUDAExecutionProvider on this machine"]
+
+
+def test_a_silent_fallback_to_the_cpu_is_an_error(make_onnx, tmp_path):
+    # Listed as available in every Linux wheel, taken by the session without a word, and runs no node.
+    silent = "AzureExecutionProvider"
+    if silent not in onnxruntime.get_available_providers():
+        pytest.skip(f"this onnxruntime has no {silent}")
+    with pytest.raises(MissingError, match=f"would run parts of the model on the CPU, not on {silent}"):
+        create(providers=[silent]).compile(make_onnx(), tmp_path, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"operator": "Rleu"}, r"tiny\.onnx is not valid ONNX: No Op registered for Rleu with domain_version of 18"),
+        (
+            {"operator": "Magic", "domain": "my.ops"},
+            r"onnxruntime cannot load tiny\.onnx: Fatal error: my\.ops:Magic\(-1\) is not a registered function/op",
+        ),
+        (
+            {"opset": 99},
+            r"onnxruntime cannot load tiny\.onnx: ONNX Runtime only \*guarantees\* support for .* Opset 99 ",
+        ),
+    ],
+)
+def test_what_it_cannot_run_is_named(make_onnx, tmp_path, change, problem):
+    model = make_onnx(**change)
+    (found,) = create().check(model)
+    assert re.match(problem, found), found
+    with pytest.raises(StageError) as caught:
+        create().compile(model, tmp_path, threads=1)
+    assert "export the model again" in str(caught.value)
+
+
+def test_an_unknown_optimisation_level_is_refused():
+    with pytest.raises(RecipeError, match="graph_optimization"):
+        create(graph_optimization="most")
+
+
+def test_without_onnxruntime_the_pip_line_is_given(make_onnx, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingError) as caught:
+        create().compile(make_onnx(), tmp_path, threads=1)
+    assert str(caught.value) == (
+        'error: backend "onnxruntime" cannot be used here: onnxruntime not installed\nfix:   pip install onnxruntime'
+    )

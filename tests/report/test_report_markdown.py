@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from edgekd.report import Document
+from edgekd.report.formatting import milliseconds, percent
+from edgekd.report.markdown import markdown_from_document
+from edgekd.report.tables import RUNG_LABELS
+
+
+def tables_in(markdown: str) -> list[list[list[str]]]:
+    """Every table as rows of cells, split as GitHub splits them: at pipes that no backslash escapes."""
+    blocks = re.findall(r"(?:^\|.*\|$\n?)+", markdown, re.MULTILINE)
+    return [[re.split(r"(?<!\\)\|", line.strip()[1:-1]) for line in block.splitlines()] for block in blocks]
+
+
+def test_tables_parse(document):
+    found = tables_in(markdown_from_document(document))
+    assert len(found) == 4  # budgets, ladder, latency, environment
+    for rows in found:
+        assert {len(row) for row in rows} == {len(rows[0])}
+        assert all(re.fullmatch(r"\s*(:---|---:)\s*", cell) for cell in rows[1])
+
+
+def test_ladder_and_latency(document):
+    _, ladder, latency, _ = tables_in(markdown_from_document(document))
+    assert [row[0].strip() for row in ladder[2:]] == list(RUNG_LABELS.values())
+    assert ladder[2][1].strip() == percent(document.row("teacher").top1)
+    assert "The recipe asks for no quantization." in ladder[5][-1]
+    assert [cell.strip() for cell in latency[2][:3]] == [
+        "p50",
+        milliseconds(document.latency.student.p50_ms),
+        milliseconds(document.latency.teacher.p50_ms),
+    ]
+
+
+def test_verdict_and_command(document):
+    text = markdown_from_document(document)
+    assert text.startswith("# 4.32x faster, −1.15 points of accuracy, on raspberry-pi-5\n\n**VALID**")
+    assert f"```sh\n{document.command}\n```" in text
+
+
+def test_invalid_with_reasons(report):
+    report["verdict"] |= {"status": "INVALID", "reasons": ["too short: 12 queries", "clocks changed"]}
+    text = markdown_from_document(Document.model_validate(report))
+    assert "**INVALID**" in text
+    assert "- too short: 12 queries\n- clocks changed\n" in text
+
+
+@pytest.mark.parametrize("hostile", ["a|b", "<script>alert(1)</script>", "x\n\n# heading", "![i](j)", "`code`"])
+def test_hostile_text_stays_text(report, hostile):
+    report["target"]["name"] = hostile
+    report["environment"] = {"fact": hostile}
+    report["command"] = f"edgekd run {hostile} ```"
+    text = markdown_from_document(Document.model_validate(report))
+    outside_code = re.sub(r"^(`{4,})sh\n.*?\n\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert "<script" not in outside_code
+    assert "![i]" not in outside_code
+    assert [line for line in outside_code.splitlines() if line.startswith("# ")] == outside_code.splitlines()[:1]
+    assert all(len({len(row) for row in rows}) == 1 for rows in tables_in(outside_code))

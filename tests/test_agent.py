@@ -1,0 +1,340 @@
+"""The agent by itself: as the folder that a board gets, run by a Python that knows nothing of edgekd."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekd.agent.sensors import Sensors, number, read
+from edgekd.backends import write_settings
+from edgekd.backends.null import Null
+from edgekd.device import AGENT
+
+NAMES = ("student", "teacher")
+SOURCES = sorted(AGENT.glob("*.py"))
+
+
+def make_board(tmp_path):
+    """A job's folder: the agent, two null engines of 0.2 and 0.4 ms, 12 samples, a short spec."""
+    shutil.copytree(AGENT, tmp_path / "agent", ignore=shutil.ignore_patterns("__pycache__"))
+    for latency_ms, name in zip((0.2, 0.4), NAMES, strict=True):
+        (tmp_path / name).mkdir()
+        settings = {"backend": "null", "threads": 1, "image": [1, 4, 4], "classes": 3, "latency_ms": latency_ms}
+        write_settings(tmp_path / name, settings)
+        shutil.copyfile(Null.runner, tmp_path / f"{name}_runner.py")
+    np.save(tmp_path / "samples.npy", np.zeros((12, 1, 4, 4), np.float32))
+    write_spec(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def board(tmp_path):
+    return make_board(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A board after a benchmark of two launches, and what the agent said meanwhile."""
+    board = make_board(tmp_path_factory.mktemp("board"))
+    write_spec(board, launches=2, min_queries=64)
+    finished = bench(board)
+    assert finished.returncode == 0, finished.stderr
+    return board, finished.stderr
+
+
+def write_spec(board, **changes):
+    files = {
+        str(file.relative_to(board)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in board.rglob("*")
+        if file.is_file() and file.name != "spec.json"
+    }
+    spec = {
+        "version": 1,
+        "mode": "single_stream",
+        "launches": 1,
+        "models": [{"name": name, "folder": name, "runner": f"{name}_runner.py"} for name in NAMES],
+        "samples": "samples.npy",
+        "files": files,
+        "min_seconds": 0.1,
+        "max_seconds": 20.0,
+        "min_queries": 1,
+        "block_seconds": 0.02,
+        "seed": 0,
+    }
+    (board / "spec.json").write_text(json.dumps(spec | changes))
+
+
+def bench(board):
+    argv = [sys.executable, "-m", "agent", "bench", "spec.json"]
+    return subprocess.run(argv, cwd=board, capture_output=True, text=True, timeout=60, check=False)
+
+
+def error_of(finished):
+    assert finished.returncode == 1, finished.stderr
+    assert not Path("result.json").exists()
+    return json.loads(finished.stderr.splitlines()[-1])["error"]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_python_3_8_the_standard_library_and_numpy_are_enough(source):
+    tree = ast.parse(source.read_text(), feature_version=(3, 8))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names | {"numpy"}
+
+
+def test_an_old_python_without_numpy_says_what_it_is(board):
+    old = shutil.which("python3.8")
+    if not old or subprocess.run([old, "-c", ""], capture_output=True, check=False).returncode:
+        pytest.skip("no python3.8 here")
+    finished = subprocess.run([old, "-I", "-c", RUN_FACTS], cwd=board, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    facts = json.loads(finished.stdout)
+    assert facts["python"].startswith("3.8.")
+
+
+RUN_FACTS = (
+    "import sys; sys.path.insert(0, '.'); sys.argv = ['agent', 'facts']; from agent.__main__ import main; main()"
+)
+
+
+def test_a_benchmark_leaves_latencies_logits_and_a_result(done):
+    board, _ = done
+    result = json.loads((board / "result.json").read_text())
+    for name, latency_ms in zip(NAMES, (0.2, 0.4), strict=True):
+        table = np.load(board / f"{name}_latency.npy", allow_pickle=False)
+        assert table.dtype == np.int64
+        assert set(table[:, 0]) == {0, 1}
+        assert len(table) >= 64
+        assert table[:, 3].min() / 1e6 == pytest.approx(latency_ms, rel=0.2)  # the median is the machine's
+        assert np.load(board / f"{name}_logits.npy", allow_pickle=False).shape == (12, 3)
+        for launch in result["models"][name]:
+            assert launch["facts"]["runtime"] == "null"
+            assert launch["warmup_n"] > 9
+            assert launch["load_ms"] > 0
+            assert 0 < launch["rss_before_load_bytes"] <= launch["peak_rss_bytes"]
+    for row in result["telemetry"]:
+        assert {"launch", "start_ns", "seconds", "own_cpu_s", "foreign_cpu_s", "steal_s", "temperature_c"} <= set(row)
+    assert not list(board.glob("*_latency_*.npy"))
+
+
+def test_models_take_turns_so_that_a_linear_drift_cancels(done):
+    board, _ = done
+    blocks = []
+    for name in NAMES:
+        table = np.load(board / f"{name}_latency.npy")
+        for launch, block in np.unique(table[:, :2], axis=0):
+            rows = table[(table[:, 0] == launch) & (table[:, 1] == block)]
+            blocks.append((rows[0, 2], rows[-1, 2] + rows[-1, 3], launch, name[0]))
+    blocks.sort()
+    assert all(before[1] <= after[0] for before, after in zip(blocks, blocks[1:], strict=False))  # never two at a time
+    for launch, expected in ((0, "stts"), (1, "tsst")):
+        order = "".join(name for *_, number, name in blocks if number == launch)
+        assert order == expected * (len(order) // 4)
+
+
+def test_progress_goes_from_0_to_1(done):
+    lines = [json.loads(line) for line in done[1].splitlines()]
+    shares = [line["progress"] for line in lines]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.2
+    assert lines[-1] == {"progress": 1.0, "left_s": 0.0, "stage": "done"}
+    assert {"load", "measure", "accuracy", "done"} == {line["stage"] for line in lines}
+
+
+def test_a_slow_engine_is_given_time_for_its_queries(board):
+    write_settings(
+        board / "teacher", {"backend": "null", "threads": 1, "image": [1, 4, 4], "classes": 3, "latency_ms": 20}
+    )
+    write_spec(board, min_queries=16, min_seconds=0.0)
+    assert bench(board).returncode == 0
+    assert len(np.load(board / "teacher_latency.npy")) >= 16
+
+
+@pytest.mark.parametrize("name", ["student/engine.json", "samples.npy", "teacher_runner.py", "agent/worker.py"])
+def test_a_changed_file_is_refused_by_name(board, name):
+    content = bytearray((board / name).read_bytes())
+    content[-2] ^= 1
+    (board / name).write_bytes(content)
+    if name.startswith("agent"):
+        (board / name).write_bytes((AGENT / "worker.py").read_bytes() + b"\n")
+    assert error_of(bench(board)) == f"{name} is corrupted: its sha256 is not the one in the spec"
+
+
+def test_an_absent_file_is_refused_by_name(board):
+    (board / "student/engine.json").unlink()
+    assert error_of(bench(board)) == "student/engine.json cannot be read: No such file or directory"
+
+
+def test_a_mode_that_it_does_not_know_is_refused(board):
+    write_spec(board, mode="server")
+    assert error_of(bench(board)) == "spec of version 1, mode server: this agent knows version 1, mode single_stream"
+
+
+@pytest.mark.parametrize(
+    ("run", "error"),
+    [
+        ("raise ValueError('no such kernel')", "teacher: ValueError: no such kernel"),
+        ("import os; os.kill(os.getpid(), 11)", "teacher: its process died (signal SIGSEGV)"),
+        ("import os; os._exit(7)", "teacher: its process died (exit status 7)"),
+        ("return x[0]", "teacher: AgentError: answers (1, 4, 4) for one sample, not logits [1, K]"),
+    ],
+)
+def test_a_runner_that_fails_is_named(board, run, error):
+    (board / "teacher_runner.py").write_text(
+        f"class Runner:\n    facts = {{}}\n    def run(self, x):\n        {run}\ndef load(folder): return Runner()\n"
+    )
+    write_spec(board)
+    assert error_of(bench(board)) == error
+
+
+def test_what_a_runtime_prints_does_not_disturb(board):
+    noisy = (board / "teacher_runner.py").read_text().replace("until =", "print('{}'); os.write(1, b'x'); until =")
+    (board / "teacher_runner.py").write_text(noisy)
+    write_spec(board)
+    assert bench(board).returncode == 0
+
+
+def test_an_engine_gets_the_threads_that_it_was_compiled_for(board):
+    settings = json.loads((board / "student/engine.json").read_text())
+    write_settings(board / "student", settings | {"threads": 3})
+    check = "import os\nassert os.environ['OMP_NUM_THREADS'] == '3'\n"
+    (board / "student_runner.py").write_text(check + Null.runner.read_text().replace("from __future__", "# from"))
+    write_spec(board)
+    finished = bench(board)
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.parametrize("victim", ["holder", "agent"])
+def test_nothing_stays_behind_when_one_is_killed(board, victim):
+    write_spec(board, min_seconds=100, max_seconds=200)
+    # The holder stands for edgekd: it starts the agent and keeps its standard input open.
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER], cwd="/", env=os.environ | {"BOARD": str(board)}, stdout=subprocess.PIPE
+    )
+    try:
+        agent = int(holder.stdout.readline())
+        assert wait_until(lambda: len(processes_in(board)) == 3)
+        os.kill(holder.pid if victim == "holder" else agent, signal.SIGKILL)
+        assert wait_until(lambda: not processes_in(board))
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+
+
+HOLDER = """
+import os, subprocess, sys, time
+argv = [sys.executable, "-m", "agent", "bench", "spec.json", "--lifeline"]
+agent = subprocess.Popen(argv, cwd=os.environ["BOARD"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+print(agent.pid, flush=True)
+agent.wait()
+time.sleep(60)
+"""
+
+
+def processes_in(folder):
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            if link.readlink() == folder:
+                found.append(link.parent.name)
+        except OSError:
+            pass  # it ended while we looked, or is not ours
+    return found
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+# ---------------------------------------------------------------- sensors
+
+
+@pytest.fixture
+def raspberry_pi(tmp_path):
+    """The files of a Raspberry Pi 4, as far as they are read."""
+    files = {
+        "sys/firmware/devicetree/base/model": "Raspberry Pi 4 Model B Rev 1.4\0",
+        "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+        "sys/class/thermal/thermal_zone0/temp": "48312\n",
+        "sys/devices/system/cpu/cpufreq/policy0/scaling_governor": "ondemand\n",
+        "sys/devices/system/cpu/cpufreq/policy0/cpuinfo_max_freq": "1800000\n",
+        "sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq": "1500000\n",
+        "proc/cpuinfo": "processor : 0\nCPU part : 0xd08\nFeatures : fp asimd\n",
+        "proc/meminfo": "MemTotal:        3884364 kB\nMemFree: 1 kB\n",
+        "proc/loadavg": "0.25 0.20 0.10 1/200 1234\n",
+        "proc/stat": "cpu  1000 100 500 9000 50 20 30 40 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n",
+        "proc/42/stat": "42 (a (b) c) S 1 42 42 0 -1 4194560 1 0 0 0 250 50 0 0 20 0 1 0 1 1 1\n",
+        "etc/os-release": 'NAME="Debian"\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n',
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return Sensors(str(tmp_path)), tmp_path
+
+
+def test_facts_of_a_raspberry_pi(raspberry_pi):
+    facts = raspberry_pi[0].facts()
+    assert facts["model"] == "Raspberry Pi 4 Model B Rev 1.4"
+    assert facts["cpu"] == "0xd08"
+    assert facts["governors"] == ["ondemand"]
+    assert facts["max_clock_hz"] == 1_800_000_000
+    assert facts["memory_bytes"] == 3884364 * 1024
+    assert facts["os"] == "Debian GNU/Linux 12 (bookworm)"
+    assert facts["virtual"] is False
+
+
+def test_readings_of_a_raspberry_pi(raspberry_pi):
+    sensors, _ = raspberry_pi
+    ticks = os.sysconf("SC_CLK_TCK")
+    assert sensors.sample() == {
+        "load_average": 0.25,
+        "clock_hz": [1_500_000_000],
+        "temperature_c": {"cpu-thermal": 48.312},
+    }
+    assert sensors.cpu_seconds() == (1650 / ticks, 40 / ticks)
+    assert sensors.process_cpu_seconds(42) == 300 / ticks
+    assert sensors.process_cpu_seconds(43) == 0
+
+
+def test_a_zone_that_is_switched_off_is_left_out(raspberry_pi):
+    sensors, root = raspberry_pi
+    zone = root / "sys/class/thermal/thermal_zone1"
+    zone.mkdir()
+    (zone / "type").write_text("cv0-thermal\n")
+    # Reading it fails with EAGAIN, as on a Jetson Orin Nano: a pipe that is open and empty does the same.
+    os.mkfifo(zone / "temp")
+    held = os.open(zone / "temp", os.O_RDWR)
+    try:
+        assert read(str(zone / "temp")) == ""
+        assert Sensors(str(root)).temperatures() == {"cpu-thermal": 48.312}
+    finally:
+        os.close(held)
+
+
+def test_a_machine_that_tells_nothing_is_not_an_error(tmp_path):
+    sensors = Sensors(str(tmp_path))
+    assert sensors.sample() == {"load_average": None, "clock_hz": [], "temperature_c": {}}
+    assert sensors.cpu_seconds() is None
+    facts = sensors.facts()
+    assert (facts["model"], facts["memory_bytes"], facts["max_clock_hz"], facts["governors"]) == ("", None, None, [])
+
+
+@pytest.mark.parametrize(("text", "value"), [("42", 42), ("", None), ("<unsupported>", None), ("-256000", -256000)])
+def test_number(text, value):
+    assert number(text) == value
