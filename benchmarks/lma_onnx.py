@@ -47,7 +47,9 @@ def session(model: nn.Module, threads: int) -> onnxruntime.InferenceSession:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         x = torch.zeros(1, CHANNELS, SIZE, SIZE)
-        exported = torch.onnx.export(model.eval(), (x,), dynamo=True, opset_version=20, verbose=False, input_names=["x"])
+        exported = torch.onnx.export(
+            model.eval(), (x,), dynamo=True, opset_version=20, verbose=False, input_names=["x"]
+        )
     proto = exported.model_proto
     add_function(proto)
     options = onnxruntime.SessionOptions()

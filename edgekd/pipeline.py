@@ -51,7 +51,12 @@ def _learning(job: Job) -> dict[str, Any]:
 
 
 def _teacher(job: Job) -> dict[str, Any]:
-    return {**_network(job, "teacher"), "checkpoint_sha256": _checkpoint(job.recipe.teacher.checkpoint)}
+    spec = job.recipe.teacher
+    if spec.checkpoint is None:
+        return _network(job, "teacher")
+    # A teacher that is only loaded depends neither on how it would be trained nor on the seed.
+    given = {"teacher": spec.model_dump(mode="json", exclude={"checkpoint", "train"}), "data": job.recipe.data.model_dump(mode="json")}
+    return {**given, "checkpoint_sha256": _checkpoint(spec.checkpoint)}
 
 
 def _scratch(job: Job) -> dict[str, Any]:

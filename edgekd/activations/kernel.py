@@ -48,7 +48,11 @@ class Kernel:
 
     def backward(self, x: Tensor, grad: Tensor, cuts: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients with respect to `x`, `slopes` [k] and `biases` [k]."""
-        grad_x, grad_slopes, grad_biases = torch.empty_like(x, dtype=torch.float32), torch.empty_like(slopes), torch.empty_like(slopes)
+        grad_x, grad_slopes, grad_biases = (
+            torch.empty_like(x, dtype=torch.float32),
+            torch.empty_like(slopes),
+            torch.empty_like(slopes),
+        )
         self._call("backward", (x.float(), grad.float(), grad_x), (cuts, slopes, grad_slopes, grad_biases))
         return grad_x.to(x.dtype), grad_slopes, grad_biases
 
@@ -88,8 +92,14 @@ def _digest(command: list[str]) -> str:
     version = subprocess.run([command[0], "--version"], capture_output=True, check=True, timeout=30).stdout
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    features = sorted({line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part"))})
-    parts = [_SOURCE.read_bytes(), version, "\0".join([*command, platform.platform(), platform.machine(), *features]).encode()]
+    features = sorted(
+        {line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part"))}
+    )
+    parts = [
+        _SOURCE.read_bytes(),
+        version,
+        "\0".join([*command, platform.platform(), platform.machine(), *features]).encode(),
+    ]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 

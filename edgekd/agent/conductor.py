@@ -71,8 +71,8 @@ class Model:
 class Watch:
     """Keeps the telemetry: what the machine did between two looks, apart from what our own processes did."""
 
-    def __init__(self, launch: int, pids: list[int]) -> None:
-        self.launch, self.pids, self.sensors = launch, pids, Sensors()
+    def __init__(self, began: float, launch: int, pids: list[int]) -> None:
+        self.began, self.launch, self.pids, self.sensors = began, launch, pids, Sensors()
         self.series = []  # type: list[dict[str, Any]]
         self._last = self._look()
 
@@ -84,7 +84,7 @@ class Watch:
         """Add a row about the time since the last one."""
         (before, own_before, cpu_before), (now, own, cpu) = self._last, self._look()
         self._last = now, own, cpu
-        row = dict(self.sensors.sample(), launch=self.launch, start_ns=int(before * 1e9), seconds=now - before)
+        row = dict(self.sensors.sample(), launch=self.launch, time_s=now - self.began, seconds=now - before)
         if cpu is not None and cpu_before is not None:
             row["own_cpu_s"] = own - own_before
             row["foreign_cpu_s"] = cpu[0] - cpu_before[0] - (own - own_before)
@@ -140,7 +140,7 @@ class Bench:
         queries = {
             model.name: max(1, round(spec["block_seconds"] * 1e9 / model.report["median_ns"])) for model in models
         }
-        watch = Watch(launch, [os.getpid()] + [model.process.pid for model in models])
+        watch = Watch(self.started, launch, [os.getpid()] + [model.process.pid for model in models])
         started = time.perf_counter()
         elapsed, rounds, enough = 0.0, 0, False
         while elapsed * launches < spec["max_seconds"] and not (enough and elapsed * launches >= spec["min_seconds"]):
@@ -175,12 +175,14 @@ class Bench:
                 model.receive()
 
     def join(self) -> None:
-        """One file of latencies per model instead of one per launch."""
+        """One file of latencies per model instead of one per launch; their clock starts with the benchmark."""
         import numpy as np
 
         for name in self.reports:
             parts = [f"{name}_latency_{launch}.npy" for launch in range(self.spec["launches"])]
-            np.save(f"{name}_latency.npy", np.concatenate([np.load(part, allow_pickle=False) for part in parts]))
+            table = np.concatenate([np.load(part, allow_pickle=False) for part in parts])
+            table[:, 2] -= int(self.started * 1e9)
+            np.save(f"{name}_latency.npy", table)
             for part in parts:
                 os.remove(part)
 

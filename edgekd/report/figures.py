@@ -357,9 +357,9 @@ def _facts(layer: Activation) -> str:
     facts = [layer.kind]
     if layer.continuous is not None:
         facts[0] += ", continuous" if layer.continuous else ", not continuous"
-    facts += [f"k {layer.k}"] if layer.k is not None else []
+    facts += [f"k\u00a0{layer.k}"] if layer.k is not None else []
     facts += [
-        f"{name} {number(value)}"
+        f"{name}\u00a0{number(value)}"
         for name, value in (("μ", layer.mu), ("σ", layer.sigma), ("largest jump", layer.max_jump))
         if value is not None
     ]

@@ -279,11 +279,11 @@ def changed_classes(confusion: Confusion) -> Table | Absent:
     change = student - teacher
     order = sorted(range(len(change)), key=lambda c: (-abs(np.nan_to_num(change[c])), c))[:CHANGED_CLASSES]
     rows = [
-        Row((confusion.classes[c], percent(teacher[c]), percent(student[c]), points(change[c])))
+        Row((confusion.classes[c], percent(teacher[c]), percent(student[c]), points(change[c]).removesuffix(" points")))
         for c in order
         if not np.isnan(change[c])
     ]
-    return Table("Classes that changed most (recall)", ("Class", "Teacher", "Student", "Change"), tuple(rows))
+    return Table("Classes that changed most (recall)", ("Class", "Teacher", "Student", "Change, points"), tuple(rows))
 
 
 def recall(matrix: list[list[int]]) -> np.ndarray:

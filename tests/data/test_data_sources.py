@@ -212,7 +212,7 @@ def test_parquet_wrong_content(tmp_path, table, what):
 def test_parquet_with_other_class_names_in_test(write):
     options, _, test = write("parquet")
     write_parquet(options["path"] / "test.parquet", *test, names=("bee", "ant", "cat"))
-    with pytest.raises(DataError, match=r"train.parquet: its class names are not those of .*test.parquet"):
+    with pytest.raises(DataError, match=r"/train\.parquet: its class names are not those of .*/test\.parquet"):
         read("parquet", options)
 
 

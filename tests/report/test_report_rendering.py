@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 from html import unescape
 from pathlib import Path
@@ -17,6 +20,7 @@ from edgekd.report.html import html_from_document
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS = (1280, 400)
 SMALLEST_TEXT = 8.5  # CSS pixels
+BROWSER_TIMEOUT_S = 120  # some seconds, but for a machine under heavy load
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to render the report with")
 
 # Goes into copies of the page only: the report itself has no script.
@@ -69,10 +73,21 @@ def measured(pages: dict[str, str], folder: Path, *, dark: bool) -> list[dict]:
         f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--window-size=1400,900", "--dump-dom",
         (folder / "frames.html").as_uri(),
     ]  # fmt: skip
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    title = re.search(r"<title>(.*?)</title>", ended.stdout, re.DOTALL)
-    assert title, ended.stderr[-2000:]
+    title = re.search(r"<title>(.*?)</title>", output_of(command), re.DOTALL)
+    assert title
     return json.loads(unescape(title[1]))
+
+
+def output_of(command: list[str]) -> str:
+    """What a browser prints; its helper processes end with it, whatever happens."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    ) as browser:
+        try:
+            return browser.communicate(timeout=BROWSER_TIMEOUT_S)[0]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(browser.pid, signal.SIGKILL)
 
 
 def long_report(report: dict) -> dict:

@@ -55,13 +55,13 @@ class parquet:
             images[part], labels[part] = [], []
             for file in files:
                 table, own = self._table(file)
-                if own != names and any(images.values()):
+                if first is not None and own != names:
                     raise DataError(
-                        f"{file}: its class names are not those of {parts['train'][0]}",
+                        f"{file}: its class names are not those of {first}",
                         allowed="expected: the same names in the same order in every file",
                         fix="save all parts from one data set",
                     )
-                names, first = own, first or file
+                names, first = own, file
                 images[part] += _encoded(table.column(0), file)
                 labels[part] += _labels(table.column(1), file)
         if any(isinstance(label, str) for rows in labels.values() for label in rows):

@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from edgekd import bench
+from edgekd.backends import Engine, write_settings
+from edgekd.backends.null import Null
+from edgekd.bench import benchmark, invalid_because, speedups, summarize
+from edgekd.device import Device
+from edgekd.errors import RecipeError, StageError
+
+LAUNCHES, ROUNDS, QUERIES = 9, 6, 20
+
+
+def table(ms, *, noise=0.01, drift=0.0, seed=0):
+    """Latencies as the agent writes them: `ms` with noise, and slower by the share `drift` at the end."""
+    rng = np.random.default_rng(seed)
+    launch, block, _ = np.indices((LAUNCHES, 2 * ROUNDS, QUERIES)).reshape(3, -1)
+    duration = ms * 1e6 * rng.lognormal(0, noise, launch.size) * np.linspace(1, 1 + drift, launch.size)
+    return np.stack([launch, block, np.arange(launch.size) * 10**6, duration.astype(np.int64)], axis=1)
+
+
+def measured(**row):
+    """What the agent says of a quiet run on 4 cores, changed by `row` in the telemetry."""
+    quiet = {
+        "launch": 0, "seconds": 0.5, "own_cpu_s": 0.5, "foreign_cpu_s": 0.02, "steal_s": 0.0,
+        "load_average": 0.3, "clock_hz": [1_500_000_000] * 4, "temperature_c": {"cpu": 50.0},
+    }  # fmt: skip
+    launch = {
+        "facts": {"runtime": "null"}, "import_ms": 1.0, "load_ms": 2.0, "rss_before_load_bytes": 1,
+        "peak_rss_bytes": 2, "warmup_n": 10, "warmup_stable": True, "median_ns": 1,
+    }  # fmt: skip
+    return {
+        "version": 1,
+        "models": {name: [dict(launch) for _ in range(LAUNCHES)] for name in ("student", "teacher")},
+        "telemetry": [quiet | row | {"time_s": 0.5 * i} for i in range(20)],
+        "device": {"cores": 4},
+    }
+
+
+def tables(**changes):
+    return {"student": table(1.0, seed=1, **changes), "teacher": table(3.0, seed=2, **changes)}
+
+
+CORRECT = {"student": np.arange(200) % 10 > 0, "teacher": np.arange(200) % 20 > 0}
+
+
+# ---------------------------------------------------------------- from what was measured to the result
+
+
+def test_a_quiet_run_is_valid_and_says_how_much_faster():
+    result = summarize(measured(), tables(), CORRECT)
+    assert (result["status"], result["reasons"]) == ("VALID", [])
+    assert result["speedup"]["value"] == pytest.approx(3.0, rel=0.01)
+    low, high = result["speedup"]["ci95"]
+    assert low < 3.0 < high < 1.01 * low
+    assert len(result["speedup_by_launch"]) == LAUNCHES
+    json.dumps(result, allow_nan=False)
+
+
+def test_the_latency_figures_are_those_of_the_table():
+    rows = table(2.0, noise=0.3)
+    latency = summarize(measured(), {"student": rows, "teacher": rows}, CORRECT)["latency"]["student"]
+    ms = rows[:, 3] / 1e6
+    assert latency["n"] == len(ms) == LAUNCHES * 2 * ROUNDS * QUERIES
+    for name, q in (("p50_ms", 50), ("p90_ms", 90), ("p99_ms", 99)):
+        assert latency[name] == pytest.approx(np.percentile(ms, q))
+    assert latency["mean_ms"] == pytest.approx(ms.mean())
+    assert latency["std_ms"] == pytest.approx(ms.std(ddof=1))
+    assert latency["throughput_per_s"] == pytest.approx(1000 / ms.mean())
+    assert latency["p90_ms"] < latency["p90_early_stopping_ms"] < latency["p99_ms"] < latency["p99_early_stopping_ms"]
+    assert (latency["warmup_n"], latency["load_ms"], latency["peak_rss_bytes"]) == (90, 2.0, 2)
+
+
+def test_the_accuracy_change_is_student_minus_teacher():
+    result = summarize(measured(), tables(), CORRECT)
+    assert result["accuracy"]["student"]["top1"] == pytest.approx(0.9)
+    assert result["accuracy"]["teacher"]["top1"] == pytest.approx(0.95)
+    assert result["accuracy_change"]["value"] == pytest.approx(-0.05)
+    low, high = result["accuracy_change"]["ci95"]
+    assert low < -0.05 < high < 0
+    assert result["accuracy_change"]["p_value"] == pytest.approx(2 * 0.5**10)  # 10 samples, all lost
+
+
+def test_what_slows_both_models_for_a_while_does_not_move_the_speedup():
+    both = tables()
+    for rows in both.values():
+        rows[(rows[:, 1] // 2) % 3 == 0, 3] *= 2
+    np.testing.assert_allclose(speedups(both["student"], both["teacher"]), 3.0, rtol=0.01)
+
+
+def test_one_odd_launch_does_not_move_the_interval():
+    both = tables()
+    both["student"][both["student"][:, 0] == 4, 3] *= 2
+    low, high = summarize(measured(), both, CORRECT)["speedup"]["ci95"]
+    assert 2.97 < low < high < 3.03
+
+
+def test_telemetry_is_series_with_units():
+    telemetry = summarize(measured(foreign_cpu_s=0.5, clock_hz=[1, 3, 2, 1]), tables(), CORRECT)["telemetry"]
+    assert telemetry["time_s"] == [0.5 * i for i in range(20)]
+    assert set(telemetry["series"]) == {"cpu_c", "clock_hz", "load_average", "foreign_cpu_share", "steal_share"}
+    assert telemetry["series"]["foreign_cpu_share"] == [0.25] * 20
+    assert telemetry["series"]["clock_hz"] == [3] * 20
+
+
+def test_sensors_that_are_absent_are_left_out():
+    rows = measured(clock_hz=[], temperature_c={})
+    for row in rows["telemetry"]:
+        del row["foreign_cpu_s"], row["steal_s"]
+    result = summarize(rows, tables(), CORRECT)
+    assert set(result["telemetry"]["series"]) == {"load_average"}
+    assert result["status"] == "VALID"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"foreign_cpu_s": 0.5}, "foreign load: other processes used 25% of the CPU, at most 10% allowed"),
+        ({"steal_s": 0.1}, "foreign load: the hypervisor took away 5% of the CPU, at most 2% allowed"),
+    ],
+)
+def test_a_busy_machine_makes_it_invalid(row, reason):
+    assert invalid_because(measured(**row), tables()) == [reason]
+
+
+def test_changed_clocks_make_it_invalid():
+    throttled = measured()
+    for row in throttled["telemetry"][10:]:
+        row["clock_hz"] = [600_000_000] * 4
+    assert invalid_because(throttled, tables()) == ["clocks changed: from 600 to 1500 MHz during the run"]
+
+
+def test_an_idle_core_that_slows_down_is_no_changed_clock():
+    idle = measured()
+    for row in idle["telemetry"][::2]:
+        row["clock_hz"] = [1_500_000_000, 600_000_000, 600_000_000, 600_000_000]
+    assert invalid_because(idle, tables()) == []
+
+
+def test_too_few_queries_make_it_invalid():
+    few = {name: rows[:: len(rows) // 63][:63] for name, rows in tables().items()}
+    assert invalid_because(measured(), few) == [
+        "too short: 63 queries of the student, at least 64 are needed for p90",
+        "too short: 63 queries of the teacher, at least 64 are needed for p90",
+    ]
+
+
+def test_drift_makes_it_invalid():
+    reasons = invalid_because(measured(), {"student": table(1.0), "teacher": table(3.0, drift=0.12)})
+    assert len(reasons) == 1
+    assert re.fullmatch(r"unstable: the teacher's latency drifted by \+[78]\.\d%, at most 5% allowed", reasons[0])
+
+
+def test_unsteady_medians_make_it_invalid():
+    both = tables()
+    rng = np.random.default_rng(3)
+    factors = rng.uniform(0.8, 1.2, (LAUNCHES, ROUNDS))
+    rows = both["student"]
+    rows[:, 3] = rows[:, 3] * factors[rows[:, 0], rows[:, 1] // 2]
+    reasons = invalid_because(measured(), both)
+    assert re.match(r"unstable: the student's medians vary by 1\d\.\d% over time, at most 5% allowed", reasons[0])
+
+
+def test_a_warm_up_that_never_settles_makes_it_invalid():
+    unsettled = measured()
+    for launch in unsettled["models"]["teacher"][:5]:
+        launch["warmup_stable"] = False
+    assert invalid_because(unsettled, tables()) == ["unstable: the teacher did not settle in 5 of 9 warm-ups"]
+
+
+# ---------------------------------------------------------------- on this machine
+
+
+def null_engine(folder, latency_ms, classes=3):
+    folder.mkdir()
+    settings = {"backend": "null", "threads": 1, "image": [1, 4, 4], "classes": classes, "latency_ms": latency_ms}
+    write_settings(folder, settings)
+    return Engine(folder.name, folder, Null.runner, "null")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Benchmark two null engines shortly."""
+
+    def benchmark_nulls(student_ms=0.2, teacher_ms=0.6, runner=None, **options):
+        student, teacher = null_engine(tmp_path / "a", student_ms), null_engine(tmp_path / "b", teacher_ms)
+        if runner:
+            (tmp_path / "own.py").write_text(runner)
+            student = Engine("own", student.folder, tmp_path / "own.py", "own")
+        samples, labels = np.zeros((12, 1, 4, 4), np.float32), np.arange(12) % 3
+        device, workdir = Device("local:", tmp_path / "jobs"), tmp_path / "work"
+        defaults = {"seconds": 0.3, "launches": 6}
+        return benchmark(
+            student, teacher, samples=samples, labels=labels, device=device, workdir=workdir, **(defaults | options)
+        )
+
+    return benchmark_nulls
+
+
+def runner_that(run):
+    return f"class Runner:\n    facts = {{}}\n    def run(self, x):\n        {run}\ndef load(folder): return Runner()\n"
+
+
+def test_two_engines_are_deployed_timed_and_scored(run, tmp_path):
+    shares = []
+    result = run(on_progress=lambda share, left_s, stage: shares.append(share))
+    assert result["speedup"]["value"] == pytest.approx(3.0, rel=0.15)
+    assert result["accuracy"]["student"]["top1"] == pytest.approx(1 / 3)  # zeros name class 0
+    assert result["accuracy_change"] == {"value": 0.0, "ci95": pytest.approx([0, 0], abs=0.3), "p_value": 1.0}
+    assert result["engines"]["teacher"]["runtime"] == "null"
+    assert result["argv"][1:] == ["-m", "agent", "bench", "spec.json", "--lifeline"]
+    assert result["settings"]["launches"] == 6
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    for name in ("student", "teacher"):
+        assert np.load(tmp_path / "work" / result["accuracy"][name]["logits_file"]).shape == (12, 3)
+        assert len(np.load(tmp_path / "work" / result["latency"][name]["samples_file"])) == result["latency"][name]["n"]
+    assert list((tmp_path / "jobs").iterdir()) == []
+
+
+def test_too_few_launches_are_refused(run):
+    with pytest.raises(RecipeError) as caught:
+        run(launches=5)
+    assert str(caught.value) == (
+        "error: benchmark.launches = 5 is too few for a 95 % interval\n"
+        "       at least 6\n"
+        "fix:   --set benchmark.launches=6"
+    )
+
+
+def test_an_engine_that_fails_is_named_with_its_last_lines(run):
+    with pytest.raises(StageError) as caught:
+        run(runner=runner_that("raise ValueError('no such kernel')"))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "error: benchmark on local:: student: ValueError: no such kernel"
+    assert lines[1] == "       its last lines:"
+    assert "         ValueError: no such kernel" in lines
+    assert lines[-1] == "fix:   see whether the engine runs there by itself"
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ("[[1, float('nan'), 2]]", "the student's logits are not finite, first for sample 0"),
+        ("[[1], [2]]", "student: AgentError: answers (2, 1) for one sample, not logits [1, K]"),
+    ],
+)
+def test_answers_that_cannot_be_scored_are_refused(run, answer, error):
+    with pytest.raises(StageError, match=re.escape(error)):
+        run(runner=runner_that(f"import numpy; return numpy.array({answer}, 'float32')"))
+
+
+@contextmanager
+def foreign_load(processes):
+    """Other programs that use that many cores."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+def test_foreign_load_is_noticed(run):
+    with foreign_load(2):
+        result = run(seconds=2.0)
+    assert result["status"] == "INVALID"
+    assert any(reason.startswith("foreign load: other processes used") for reason in result["reasons"])
+
+
+@pytest.mark.slow
+def test_a_planted_slowdown_of_3_percent_is_found(run):
+    low, high = run(student_ms=0.5, teacher_ms=0.515, seconds=3.0, launches=bench.MIN_LAUNCHES)["speedup"]["ci95"]
+    assert low > 1.0
+    assert high < 1.1
