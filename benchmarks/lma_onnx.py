@@ -1,8 +1,8 @@
 """What LMA costs at inference in ONNX Runtime in each of its ONNX forms, as a ratio to the same network with ReLU.
 
-Six 3x3 convolutions of 32 channels on a 32x32 map, each followed by the activation, batch 1, CPU. ONNX Runtime fuses the
-ReLU into the convolution, so the ratio charges LMA in full. The contenders take turns within a round; a ratio is taken per
-round, and its median, smallest and largest are given.
+Six 3x3 convolutions of 32 channels on a 32x32 map, each followed by the activation, batch 1, CPU. ONNX Runtime fuses
+the ReLU into the convolution, so the ratio charges LMA in full. The contenders take turns within a round; a ratio is
+taken per round, and its median, smallest and largest are given.
 
     python benchmarks/lma_onnx.py [--k 4 8] [--rounds 30] [--threads 1] [--json]
 """
@@ -77,9 +77,10 @@ def measure(ks: list[int], rounds: int, threads: int) -> list[dict[str, Any]]:
 
 
 def turn(ready: onnxruntime.InferenceSession, x: Any) -> float:
+    feed = {ready.get_inputs()[0].name: x}
     start = time.perf_counter()
     for _ in range(RUNS_PER_TURN):
-        ready.run(None, {"x": x})
+        ready.run(None, feed)
     return (time.perf_counter() - start) / RUNS_PER_TURN
 
 

@@ -1,8 +1,8 @@
 """What a training step costs with each activation, as a ratio to the same step with ReLU.
 
-Student 3 of the LMA paper on random 32x32 images: forward, loss, backward, SGD step. The contenders take turns within a
-round, so that a busy machine slows them all; a ratio is taken per round, and its median, smallest and largest are given.
-"lma" is what edgekd trains with; the rows after "lma continuous" are other ways to compute the same function.
+Student 3 of the LMA paper on random 32x32 images: forward, loss, backward, SGD step. The contenders take turns within
+a round, so that a busy machine slows them all; a ratio is taken per round, and its median, smallest and largest are
+given. "lma" is what edgekd trains with; the rows after "lma continuous" are other ways to compute the same function.
 
     python benchmarks/lma_step.py [--batch 64] [--rounds 15] [--threads 1] [--device cpu] [--compiled] [--json]
 """

@@ -16,8 +16,8 @@ def curves(network: nn.Module) -> list[dict[str, Any]]:
     """The curve of every LMA layer at test time.
 
     Each is a dict of floats and lists, ready for JSON: name, kind, k, continuous, mu, sigma (the moving average), cuts
-    [k - 1], slopes [k], biases [k], max_jump (the largest step of y at a cut), x and y: 65 samples over mu +- 4 sigma and
-    both sides of each cut, in order of x.
+    [k - 1], slopes [k], biases [k], max_jump (the largest step of y at a cut), x and y: 65 samples over mu +- 4 sigma
+    and both sides of each cut, in order of x.
     """
     found = []
     for name, layer in multi_segment_layers(network):
@@ -40,8 +40,8 @@ def curves(network: nn.Module) -> list[dict[str, Any]]:
 def input_histograms(network: nn.Module, x: Tensor, bins: int = 64) -> list[dict[str, Any]]:
     """What reaches every LMA layer in eval mode when the network is given `x` [B, C, H, W].
 
-    Each is a dict ready for JSON: name, low, high (mu -+ 4 sigma of the layer), counts [bins] between them, and how many
-    values lie below and above. The network is left as it was.
+    Each is a dict ready for JSON: name, low, high (mu -+ 4 sigma of the layer), counts [bins] between them, and how
+    many values lie below and above. The network is left as it was.
     """
     histograms: dict[str, dict[str, Any]] = {}
 

@@ -1,8 +1,8 @@
 """LMA as plain graphs of standard ONNX operators (opset 18 and up): one function in several spellings.
 
 At test time the cuts are constants, so a layer is a fixed piecewise linear function. How fast it runs depends on what a
-runtime makes of the operators; `benchmarks/lma_onnx.py` measures it. With d_j = slopes[j+1] - slopes[j], e_j = biases[j+1]
-- biases[j] and c_j = cuts[j], for x in the left segment when it is at a cut:
+runtime makes of the operators; `benchmarks/lma_onnx.py` measures it. With d_j = slopes[j+1] - slopes[j],
+e_j = biases[j+1] - biases[j] and c_j = cuts[j]:
 
     y = slopes[0] x + biases[0] + sum_j [x > c_j] (d_j x + e_j)            any segments
     y = slopes[0] x + biases[0] + sum_j d_j (max(x, c_j) - c_j)            segments that meet
@@ -37,10 +37,12 @@ class Constants:
 
     @property
     def slope_steps(self) -> list[float]:
+        """d [k - 1]."""
         return [right - left for left, right in itertools.pairwise(self.slopes)]
 
     @property
     def bias_steps(self) -> list[float]:
+        """e [k - 1]."""
         return [right - left for left, right in itertools.pairwise(self.biases)]
 
     @property
@@ -145,14 +147,16 @@ class FrozenLMA(nn.Module):
         self.constants = Constants(*(values.detach().cpu().double().tolist() for values in segments))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape."""
         return FORMS[self.form].apply(x, self.constants)
 
     def extra_repr(self) -> str:
+        """What `print` shows of the layer."""
         return f"form={self.form}, k={len(self.constants.slopes)}"
 
 
 def frozen(network: nn.Module, form: str) -> nn.Module:
-    """A copy of the network in eval mode, each LMA layer written out in `form`: ready for torch.onnx.export(dynamo=True).
+    """A copy of the network in eval mode, each LMA layer written out in `form`: ready for torch.onnx.export.
 
     Raises:
         RecipeError: no such form, or one that cannot express a layer whose segments do not meet.

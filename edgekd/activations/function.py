@@ -1,7 +1,7 @@
 """LMA as one ONNX operator: the model-local function `edgekd.LMA`.
 
-A runtime that knows `edgekd.LMA` can run its own fused kernel; every other one inlines the function's body, which is made
-of standard operators and is the form `step_gemm`.
+A runtime that knows `edgekd.LMA` can run its own fused kernel; every other one inlines the function's body, which is
+made of standard operators and is the form `step_gemm`.
 """
 
 from __future__ import annotations

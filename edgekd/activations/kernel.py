@@ -28,7 +28,8 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 class Kernel:
     """The compiled functions for one number of segments.
 
-    `x` and `grad` are dense, on the CPU and in one memory layout; half precision goes through float32. Tables are float32.
+    `x` and `grad` are dense, on the CPU and in one memory layout; half precision goes through float32. Cuts, slopes and
+    biases are float32.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -48,11 +49,8 @@ class Kernel:
 
     def backward(self, x: Tensor, grad: Tensor, cuts: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients with respect to `x`, `slopes` [k] and `biases` [k]."""
-        grad_x, grad_slopes, grad_biases = (
-            torch.empty_like(x, dtype=torch.float32),
-            torch.empty_like(slopes),
-            torch.empty_like(slopes),
-        )
+        grad_x = torch.empty_like(x, dtype=torch.float32)
+        grad_slopes, grad_biases = torch.empty_like(slopes), torch.empty_like(slopes)
         self._call("backward", (x.float(), grad.float(), grad_x), (cuts, slopes, grad_slopes, grad_biases))
         return grad_x.to(x.dtype), grad_slopes, grad_biases
 
@@ -91,16 +89,10 @@ def _digest(command: list[str]) -> str:
     """Everything that the binary depends on. The CPU too: a home directory may be shared between machines."""
     version = subprocess.run([command[0], "--version"], capture_output=True, check=True, timeout=30).stdout
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    features = sorted(
-        {line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part"))}
-    )
-    parts = [
-        _SOURCE.read_bytes(),
-        version,
-        "\0".join([*command, platform.platform(), platform.machine(), *features]).encode(),
-    ]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+    facts = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = sorted({fact for fact in facts if fact.lower().startswith(("flags", "features", "model name", "cpu part"))})
+    words = [*command, platform.platform(), platform.machine(), *cpu]
+    return hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), version, *map(str.encode, words)])).hexdigest()[:32]
 
 
 def _compile(command: list[str], path: Path) -> None:

@@ -2,7 +2,8 @@
 
 A layer's inputs are cut into k segments of equal width over mean +- 3 standard deviations of the batch, and each
 segment has its own slope and bias, shared by the whole layer: 2k parameters. Where this differs from the authors' code:
-the statistics are buffers, `eval()` changes nothing, the first batch sets the moving average, the deviation has a floor.
+the statistics are buffers, `eval()` changes nothing, the first batch sets the moving average, the deviation has a
+floor, and a value at a cut belongs to the left segment, as in the paper.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ class LMA(nn.Module):
         return Segments(cuts, slopes, rises - at_middle + self.biases)
 
     def extra_repr(self) -> str:
+        """What `print` shows of the layer."""
         return f"k={self.k}, momentum={self.momentum}, continuous={self.continuous}"
 
     @torch.no_grad()

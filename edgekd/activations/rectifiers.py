@@ -31,7 +31,11 @@ def swish(channels: int) -> nn.Module:
 
 @register("activation")
 def aplu(channels: int, *, k: int = 8) -> nn.Module:
-    """Adaptive piecewise linear unit: ReLU and k - 2 learned hinges per channel (Agostinelli et al., ICLR-15 workshop)."""
+    """Adaptive piecewise linear unit: ReLU and k - 2 learned hinges per channel (Agostinelli et al., ICLR-15).
+
+    Raises:
+        RecipeError: `k` is below 3.
+    """
     if k < 3:
         raise RecipeError(
             f"activation aplu: k = {k} leaves no hinge",

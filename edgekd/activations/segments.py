@@ -128,6 +128,6 @@ def _above(x: Tensor, cut: Tensor) -> Tensor:
 
 
 def _between(sums: list[Tensor]) -> Tensor:
-    """Sums over what is above each cut -> sums over each segment: those above its lower cut less those above the next."""
+    """From sums over what is above each cut to sums over each segment: above its lower cut less above the next one."""
     above = torch.stack(sums)
     return above - torch.cat((above[1:], above.new_zeros(1)))

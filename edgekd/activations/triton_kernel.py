@@ -6,8 +6,8 @@ Imported only when a CUDA tensor meets LMA and Triton is there; without it plain
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-not-found]
+import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 
 _BLOCK = 4096

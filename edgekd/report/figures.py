@@ -199,7 +199,7 @@ def telemetry(document: Document) -> list[Drawn]:
         words, unit = label(name)
         values = np.array([np.nan if value is None else value for value in readings], dtype=float)
         known = values[~np.isnan(values)]
-        divisor, sign = prefix(known.max(initial=0)) if unit in ("Hz", "bytes") else (1, "")
+        divisor, sign = prefix(known.max(initial=0)) if unit in ("Hz", "bytes") else (0.01 if unit == "%" else 1, "")
         unit = sign + {"bytes": "B"}.get(unit, unit) if sign else unit
         with drawing(f"telemetry-{name}"):
             figure = blank(WIDTH, 150)

@@ -18,6 +18,7 @@ UNITS = {
     "_w": "W",
     "_c": "°C",
     "_hz": "Hz",
+    "_share": "%",
 }
 ACRONYMS = ("cpu", "gpu", "ram", "rss", "soc")
 RATIOS = ("accuracy", "top1", "agreement")
@@ -94,6 +95,8 @@ def quantity(name: str, value: float) -> str:
     _, unit = label(name)
     if unit == "bytes":
         return size(value)
+    if unit == "%":
+        return percent(value)
     if unit == "Hz":
         divisor, sign = prefix(value)
         return f"{number(value / divisor)} {sign}Hz"

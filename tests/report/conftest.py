@@ -161,6 +161,7 @@ def a_report() -> dict:
             "series": {
                 "cpu_temperature_c": (48 + 9 * (1 - np.exp(-time_s / 20))).tolist(),
                 "cpu_hz": [2.4e9] * len(time_s),
+                "foreign_cpu_share": (0.02 + 0.01 * np.sin(time_s / 5)).tolist(),
             },
         },
         "environment": {

@@ -101,7 +101,7 @@ def test_every_hash_and_layer_is_shown(page, document):
         assert made.sha256 in page
     for layer in document.activation:
         assert f"<strong>{layer.name}</strong>" in page
-    assert page.count("<svg") == 1 + 2 + 2 + 2 + 2 + len(document.activation)
+    assert page.count("<svg") == 1 + 2 + 3 + 2 + 2 + len(document.activation)
 
 
 def test_accessible(page):

@@ -43,6 +43,7 @@ class OnnxRuntime(Backend):
 
     def check(self, onnx: Path) -> list[str]:
         """Problems found by onnx's checker and by making a session."""
+        self.require()
         import onnx as onnx_package
 
         from edgekd.backends.onnxruntime import runner
