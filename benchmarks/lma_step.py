@@ -130,9 +130,8 @@ def main() -> None:
         return
     print(f"student 3, batch {asked.batch}, {asked.device}, {asked.threads} thread(s), {asked.rounds} rounds")
     for name, row in rows.items():
-        print(
-            f"{name:36} {row['ratio_to_relu']:5.2f}  [{row['ratio_min']:.2f} {row['ratio_max']:.2f}]  {row['step_ms']:7.1f} ms"
-        )
+        ratio = f"{row['ratio_to_relu']:5.2f}  [{row['ratio_min']:.2f} {row['ratio_max']:.2f}]"
+        print(f"{name:36} {ratio}  {row['step_ms']:7.1f} ms")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     <root>/runs/<run-id>/                               what a run found
 
 An artifact's digest covers its files except those under `log/`: it names what was made, not how long that took.
-Files that depend on the clock belong there.
+Files that depend on the clock belong there. The manifest lists all files with their sha256, and is itself sealed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,11 +26,14 @@ from typing import Any
 from edgekd.errors import StoreError
 
 MANIFEST = "manifest.json"
+RUN = "run.json"
 LOG = "log"
 SCHEMA_VERSION = 1
 
 
-def key_of(stage: str, version: int, spec: Mapping[str, Any], inputs: Mapping[str, str], facts: Mapping[str, Any]) -> str:
+def key_of(
+    stage: str, version: int, spec: Mapping[str, Any], inputs: Mapping[str, str], facts: Mapping[str, Any]
+) -> str:
     """The address of what a stage makes: everything that would make it wrong if it changed.
 
     inputs: digests of the artifacts it reads; facts: what it reads besides (the data's fingerprint, say).
@@ -65,18 +69,17 @@ class Artifact:
         return found
 
     def file(self, name: str) -> Path:
+        """The path of one of its files."""
         return self.folder / name
 
     def verify(self) -> None:
         """Raises StoreError that names the file whose bytes are not those of the manifest."""
         for listed in self.manifest["files"]:
             file = self.folder / listed["path"]
-            if not file.is_file() or sha256_of(file) != listed["sha256"]:
-                raise StoreError(
-                    f"{file} is not what was stored" if file.exists() else f"{file} is gone from the store",
-                    allowed=f"its sha256 was {listed['sha256'][:16]}...",
-                    fix=f"rm -r {self.folder}, then run again: the stage {self.stage} is made anew",
-                )
+            if not file.is_file():
+                raise _damaged(file, "is gone from the store")
+            if sha256_of(file) != listed["sha256"]:
+                raise _damaged(file, "is not what was stored", f"its sha256 was {listed['sha256'][:16]}...")
 
 
 class Store:
@@ -90,14 +93,10 @@ class Store:
         folder = self.root / "store" / stage / key
         if not folder.is_dir():
             return None
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            artifact = Artifact(folder, manifest)
-            artifact.verify()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{folder / MANIFEST} cannot be read: {error}", fix=f"rm -r {folder}, then run again: it is made anew"
-            ) from error
+        artifact = Artifact(folder, _unsealed(folder / MANIFEST))
+        if (artifact.stage, artifact.key) != (stage, key):
+            raise _damaged(folder / MANIFEST, f"belongs to {artifact.stage}/{artifact.key}")
+        artifact.verify()
         return artifact
 
     def work(self, key: str) -> Path:
@@ -108,6 +107,7 @@ class Store:
         return folder
 
     def run_folder(self, run_id: str) -> Path:
+        """Where a run's record and report are kept."""
         folder = self.root / "runs" / run_id
         with _writing(self.root):
             folder.mkdir(parents=True, exist_ok=True)
@@ -115,13 +115,20 @@ class Store:
 
     def cache(self, name: str, of: list[Any]) -> Path:
         """A folder for what may be recomputed at any time, by what it was computed `of`."""
-        return self.root / "cache" / name / hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()
+        return (
+            self.root
+            / "cache"
+            / name
+            / hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()
+        )
 
     @contextlib.contextmanager
     def locked(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
         """Let one process at a time make an artifact. The kernel drops the lock when its holder dies."""
         work = self.work(key)
-        with _writing(self.root), (work / "lock").open("w") as handle:
+        with _writing(self.root):
+            handle = (work / "lock").open("w")
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -140,8 +147,7 @@ class Store:
         final = self.root / "store" / stage / key
         partial = self.work(key) / f"partial-{os.getpid()}"
         with _writing(self.root):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial.mkdir(exist_ok=True)
             try:
                 result = fill(partial)
                 files = [_listed(partial, file) for file in sorted(partial.rglob("*")) if file.is_file()]
@@ -149,18 +155,32 @@ class Store:
                     "schema_version": SCHEMA_VERSION, "stage": stage, "key": key, "digest": _digest(files),
                     "files": files, "result": dict(result), **about(),
                 }  # fmt: skip
-                write_synced(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+                write_synced(partial / MANIFEST, _sealed(manifest))
                 final.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    partial.rename(final)
-                except OSError as error:  # another process published the same key first: its artifact is as good
-                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                        raise
+                partial.rename(final)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         found = self.find(stage, key)
         assert found is not None
         return found
+
+    def record(self, run_id: str, content: Mapping[str, Any]) -> None:
+        """Write what a run has made so far: a report can be made from it at any time."""
+        with _writing(self.root):
+            write_synced(self.run_folder(run_id) / RUN, json.dumps(content, indent=1))
+
+    def recorded(self, run_id: str) -> dict[str, Any]:
+        """What `record` wrote. Raises StoreError when it cannot be read."""
+        file = self.root / "runs" / run_id / RUN
+        try:
+            content: dict[str, Any] = json.loads(file.read_bytes())
+            return content
+        except (OSError, ValueError) as error:
+            raise _damaged(file, f"cannot be read: {error}") from error
+
+    def runs(self) -> list[str]:
+        """The ids of the runs, the newest last."""
+        return sorted(file.parent.name for file in (self.root / "runs").glob(f"*/{RUN}"))
 
     def clean_work(self, key: str) -> None:
         """Drop the scratch space of a stage that is done; a waiting process may still hold the lock file."""
@@ -186,6 +206,34 @@ def _digest(files: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    """A manifest as text that holds its own sha256: no byte of it can change unseen."""
+    seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "seal": seal}, indent=1, sort_keys=True)
+
+
+def _unsealed(file: Path) -> dict[str, Any]:
+    """A manifest from its file. Raises StoreError when it is not as it was written."""
+    try:
+        text = file.read_bytes()
+        manifest: dict[str, Any] = json.loads(text)
+        if _sealed({key: value for key, value in manifest.items() if key != "seal"}).encode() == text:
+            return manifest
+    except FileNotFoundError:
+        raise _damaged(file, "is gone from the store") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(file, f"cannot be read: {error}") from error
+    raise _damaged(file, "is not what was stored", "its seal is another")
+
+
+def _damaged(file: Path, problem: str, allowed: str = "what is in the store is never changed") -> StoreError:
+    return StoreError(
+        f"{file} {problem}",
+        allowed=allowed,
+        fix=f"rm -r {shlex.quote(str(file.parent))}, then run again: it is made anew",
+    )
+
+
 def write_synced(file: Path, text: str) -> None:
     """Write a text file so that a kill leaves either the old one or the new one."""
     partial = file.with_name(f"{file.name}.partial")
@@ -196,22 +244,29 @@ def write_synced(file: Path, text: str) -> None:
     partial.replace(file)
 
 
+FULL = "free some space, then run again: what is finished is kept"
+ELSEWHERE = "choose another: --store FOLDER"
+REFUSALS = {
+    errno.ENOSPC: ("the disk is full", FULL),
+    errno.EDQUOT: ("the disk quota is used up", FULL),
+    errno.EACCES: ("it may not be written", ELSEWHERE),
+    errno.EPERM: ("it may not be written", ELSEWHERE),
+    errno.EROFS: ("its file system is read-only", ELSEWHERE),
+    errno.ENOTDIR: ("a file stands where a folder is needed", ELSEWHERE),
+    errno.EEXIST: ("a file stands where a folder is needed", ELSEWHERE),
+}
+
+
 @contextlib.contextmanager
 def _writing(root: Path) -> Iterator[None]:
     """Turn what the file system refuses into an error that says what to do."""
     try:
         yield
     except OSError as error:
-        reasons = {
-            errno.ENOSPC: ("the disk is full", "free some space, then run again: finished stages are kept"),
-            errno.EDQUOT: ("the disk quota is used up", "free some space, then run again: finished stages are kept"),
-            errno.EACCES: ("it may not be written", "make it writable, or choose another: --store FOLDER"),
-            errno.EPERM: ("it may not be written", "make it writable, or choose another: --store FOLDER"),
-            errno.EROFS: ("the file system is read-only", "choose another: --store FOLDER"),
-            errno.ENOTDIR: ("a file stands where a folder is needed", "choose another: --store FOLDER"),
-            errno.EEXIST: ("a file stands where a folder is needed", "choose another: --store FOLDER"),
-        }
-        if error.errno not in reasons:
+        # Reading the user's data may be refused as well, and is not the store's affair.
+        if error.errno not in REFUSALS or not str(error.filename or root).startswith(str(root)):
             raise
-        reason, fix = reasons[error.errno]
-        raise StoreError(f"the store {root} cannot be used: {reason} ({error.filename or root})", fix=fix) from error
+        reason, fix = REFUSALS[error.errno]
+        raise StoreError(
+            f"the store {root} cannot be used: {reason}", allowed=f"at {error.filename or root}", fix=fix
+        ) from error

@@ -83,8 +83,10 @@ def benchmark(
         if finished.status:
             raise _failure(finished.stderr_tail, device.url)
         measured = _fetch(job, engines, workdir)
-    tables = {name: _latencies(workdir / f"{name}_latency.npy", name) for name in engines}
-    correct = {name: _correct(workdir / f"{name}_logits.npy", labels, name) for name in engines}
+    tables = {name: table_from_latencies(workdir / f"{name}_latency.npy", name) for name in engines}
+    if [len(_rounds(table)) for table in tables.values()] != [len(_rounds(tables["student"]))] * len(tables):
+        raise StageError(f'benchmark on "{device.url}": student and teacher were not timed in the same rounds')
+    correct = {name: correct_from_logits(workdir / f"{name}_logits.npy", labels, name) for name in engines}
     return summarize(measured, tables, correct) | {"settings": settings, "argv": argv, "url": device.url}
 
 
@@ -270,31 +272,44 @@ def _fetch(job: Job, engines: Mapping[str, Engine], workdir: Path) -> dict[str, 
 
 def _progress_line(on_progress: Progress | None) -> Callable[[str], None]:
     def on_line(line: str) -> None:
-        if on_progress and line.startswith('{"progress"'):
-            report = json.loads(line)
+        report = _said(line, "progress")
+        if on_progress and report:
             on_progress(float(report["progress"]), float(report["left_s"]), str(report["stage"]))
 
     return on_line
 
 
+def _said(line: str, key: str) -> dict[str, Any] | None:
+    """The agent's own line about `key`, among all that a runtime may print."""
+    if not line.startswith(f'{{"{key}"'):
+        return None
+    try:
+        return parsed(line, "a line of the agent")
+    except StageError:
+        return None
+
+
 def _failure(stderr: tuple[str, ...], url: str) -> StageError:
-    lines = [line for line in stderr if not line.startswith('{"progress"')]
+    lines = [line for line in stderr if not _said(line, "progress")]
     what = "the agent ended without a result"
-    if lines and lines[-1].startswith('{"error"'):
-        what = str(json.loads(lines.pop())["error"])
+    if lines and (last := _said(lines[-1], "error")):
+        what = str(last["error"])
+        lines.pop()
     fix = "send it again" if "sha256" in what else "see whether the engine runs there by itself"
-    return StageError(f"benchmark on {url}: {what}", allowed=last_lines(lines) if lines else "", fix=fix)
+    return StageError(f'benchmark on "{url}": {what}', allowed=last_lines(lines) if lines else "", fix=fix)
 
 
-def _latencies(path: Path, name: str) -> npt.NDArray[np.int64]:
-    table: npt.NDArray[np.int64] = np.load(path, allow_pickle=False)
+def table_from_latencies(path: Path, name: str) -> npt.NDArray[np.int64]:
+    """The rows (launch, block, start_ns, duration_ns) in a file. Raises StageError when it holds something else."""
+    table = _array(path)
     if table.ndim != 2 or table.shape[1] != 4 or table.dtype != np.int64 or (table[:, 3] <= 0).any():
         raise StageError(f"{path.name} does not hold the latencies of the {name}: {table.dtype} {list(table.shape)}")
     return table
 
 
-def _correct(path: Path, labels: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.bool_]:
-    logits: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
+def correct_from_logits(path: Path, labels: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.bool_]:
+    """Which samples the logits [N, K] in a file get right, bool [N]. Raises StageError when they cannot be scored."""
+    logits = _array(path)
     if logits.ndim != 2 or len(logits) != len(labels):
         raise StageError(f"the {name} gave logits {list(logits.shape)} for {len(labels)} samples")
     finite = np.isfinite(logits).all(axis=1)
@@ -302,3 +317,12 @@ def _correct(path: Path, labels: npt.NDArray[np.int64], name: str) -> npt.NDArra
         what = f"the {name}'s logits are not finite, first for sample {int(finite.argmin())}"
         raise StageError(what, fix="check the export and the precision")
     return np.asarray(logits.argmax(axis=1) == labels)
+
+
+def _array(path: Path) -> npt.NDArray[Any]:
+    """An array from a device: never a pickle, and never more memory than the file has bytes."""
+    try:
+        array: npt.NDArray[Any] = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+        return array
+    except (ValueError, OSError, EOFError) as error:
+        raise StageError(f"{path.name} from the device is no array: {error}", fix="measure again") from error

@@ -15,7 +15,10 @@ EdgekdError             1    a fault of edgekd itself
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
+
+SHOWN_CHARACTERS = 60
 
 
 class EdgekdError(Exception):
@@ -78,7 +81,39 @@ class ResultInvalid(EdgekdError):
 
 def unknown(where: str, value: object, known: Iterable[str], *, noun: str, fix: str = "") -> RecipeError:
     """The error for a name that does not exist: lists the known names and points at the closest one."""
-    names = sorted(known)
-    close = difflib.get_close_matches(str(value), names, n=1)
-    allowed = f"known: {', '.join(names) or 'none'}" + (f"   (closest: {close[0]!r})" if close else "")
-    return RecipeError(f'{where} = "{value}" is not a known {noun}', allowed=allowed, fix=fix, key=where)
+    names, close = sorted(known), _closest(value, known)
+    advice = [f'set {where} = "{close}"' if "." in where else f'use "{close}"'] if close else []
+    return RecipeError(
+        f"{where} = {shown(value)} is not a known {noun}",
+        allowed=_known(names, close),
+        fix=", or ".join([*advice, fix] if fix else advice),
+        key=where,
+    )
+
+
+def unknown_key(section: str, key: str, known: Iterable[str], *, of: str = "", fix: str = "") -> RecipeError:
+    """The error for a key that a section of the recipe does not have; `of` names the thing whose options are meant."""
+    prefix = f"{section}." if section else ""
+    names, close = sorted(known), _closest(key, known)
+    advice = [f"write {prefix}{close}"] if close else []
+    return RecipeError(
+        f"{prefix}{key} is not a known key" + (f" or option of {of}" if of else ""),
+        allowed=_known(names, close),
+        fix=", or ".join([*advice, fix] if fix else advice),
+        key=f"{prefix}{key}",
+    )
+
+
+def _closest(value: object, known: Iterable[str]) -> str:
+    """The known name that was probably meant; empty when none is close."""
+    return (difflib.get_close_matches(str(value), list(known), n=1) or [""])[0]
+
+
+def shown(value: object) -> str:
+    """A value as a recipe spells it, cut to fit into an error."""
+    text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+
+
+def _known(names: list[str], close: str) -> str:
+    return f"known: {', '.join(names) or 'none'}" + (f'   (closest: "{close}")' if close else "")

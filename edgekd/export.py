@@ -86,6 +86,7 @@ def export(
     assert program is not None
     model = program.model_proto
     activations.add_function(model)
+    _strip(model)
     for name, value in metadata.items():
         model.metadata_props.add(key=name, value=value if isinstance(value, str) else json.dumps(value))
     onnx.checker.check_model(model, full_check=True)
@@ -96,6 +97,14 @@ def export(
         "operators": operators(model),
         "size_bytes": path.stat().st_size,
     }
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Drop the exporter's notes on every node: stack traces with paths of this machine, most of a small model's bytes."""
+    graph = model.graph
+    for described in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del described.metadata_props[:]
+        described.doc_string = ""
 
 
 def operators(model: onnx.ModelProto) -> dict[str, int]:

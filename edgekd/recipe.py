@@ -6,35 +6,38 @@ stands inside a section it is written `lma` or, with options, `{lma: {k: 4}}` (a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import pydantic
-import yaml
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from edgekd import registry
-from edgekd.errors import RecipeError, unknown
+from edgekd.errors import RecipeError, unknown, unknown_key
+from edgekd.registry import Location
+from edgekd.yamlfile import Origin, mapping_from_yaml, value_from_yaml
 
 SCHEMA_VERSION = 1
 SHIPPED = Path(__file__).parent / "recipes"
 DEFAULT_FILE = Path("edgekd.yaml")
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=1 << 31)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(pydantic.BaseModel):
-    """A part of the recipe: unknown keys are errors, values are immutable."""
+    """A part of the recipe: unknown keys and values of another type are errors, values are immutable."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Named(Section):
     """A section that names a registered thing: keys that are not its own are that thing's options."""
 
-    model_config = pydantic.ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(extra="allow")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -50,7 +53,7 @@ class Choice(NamedTuple):
 
 
 def choice_from_yaml(value: str | dict[str, Any]) -> Choice:
-    """Read `name` or `{name: {option: value}}`; the recipe's check has made sure that it is one of the two."""
+    """Read `name` or `{name: {option: value}}`; `checked_choice` has made sure that it is one of the two."""
     if isinstance(value, str):
         return Choice(value, {})
     ((name, options),) = value.items()
@@ -62,7 +65,7 @@ class Augment(Section):
 
     crop: Annotated[int, Field(ge=0)] = Field(0, description="pad by this many pixels, then crop back at random")
     flip: bool = Field(False, description="mirror left and right, half of the time")
-    seed: int = Field(0, description="the augmentation is a pure function of this seed, the epoch and the sample")
+    seed: Seed = Field(0, description="the augmentation is a pure function of this seed, the epoch and the sample")
 
 
 class Normalize(Section):
@@ -79,7 +82,7 @@ class Data(Named):
     validation: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="share of train kept for every choice")
     train_limit: Positive | None = Field(None, description="use at most this many training images")
     test_limit: Positive | None = Field(None, description="use at most this many test images")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the validation split and the limits")
+    seed: Seed = Field(0, description="of the validation split and the limits")
     normalize: Normalize | None = Field(None, description="null measures mean and std on train")
     augment: Augment = Augment()
 
@@ -99,7 +102,9 @@ class Train(Section):
     milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [0.5, 0.75], description="step: where lr falls, as shares of the epochs"
     )
-    gamma: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="step and plateau: the factor by which lr falls")
+    gamma: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="step and plateau: the factor by which lr falls"
+    )
     patience: Positive = Field(10, description="plateau: epochs without a gain of 0.1 points before lr falls")
     ema: Fraction = Field(0.0, description="decay of a moving average of the weights; 0 is off")
     keep: Literal["best", "last"] = Field("best", description="which epoch's weights are kept, by validation accuracy")
@@ -115,7 +120,9 @@ class Network(Named):
     """A network and how it is trained."""
 
     network: str = Field(description="see: edgekd list networks; or timm:NAME, torchvision:NAME, module:callable")
-    activation: str | dict[str, dict[str, Any]] = Field("relu", description="see: edgekd list activations")
+    activation: str | dict[str, dict[str, Any]] = Field(
+        "relu", description="NAME or {NAME: {option: value}}, see: edgekd list activations"
+    )
 
 
 class Teacher(Network):
@@ -135,7 +142,8 @@ class Distill(Named):
     method: str = Field("kd", description="see: edgekd list methods")
     scratch: bool = Field(True, description="also train the student without the teacher, as a baseline")
     cache_teacher: bool = Field(
-        False, description="keep the teacher's logits on disk, by sample and augmentation: pays when students share a teacher"
+        False,
+        description="keep the teacher's logits on disk, by sample and augmentation: pays when students share a teacher",
     )
     train: Train = Train()
 
@@ -154,6 +162,7 @@ class Benchmark(Section):
 
     mode: Literal["single_stream"] = "single_stream"
     seconds: Annotated[float, Field(gt=0)] = Field(10.0, description="measuring time, both models together")
+    launches: Annotated[int, Field(ge=6)] = Field(9, description="fresh processes that share the time: each gives a ratio")
     accuracy_samples: Positive | None = Field(None, description="test images for accuracy on the device; null: all")
 
 
@@ -174,7 +183,7 @@ class Recipe(Section):
     schema_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: str = ""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     data: Data
     teacher: Teacher
     student: Student
@@ -182,6 +191,13 @@ class Recipe(Section):
     export: Export = Export()
     benchmark: Benchmark = Benchmark()
     budgets: Budgets = Budgets()
+
+    _origin: Origin = PrivateAttr(default_factory=lambda: Origin("recipe"))
+
+    @property
+    def origin(self) -> Origin:
+        """Where its keys were given: an error that names a key can be located long after the recipe was read."""
+        return self._origin
 
 
 # Which key of a section names its thing, and of which kind that is.
@@ -196,27 +212,42 @@ def load(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Rec
     `overrides` are `key=value` lines that win over the file. Raises RecipeError, with file and line where there is one.
     """
     file = find(source)
+    return parse(
+        read_text(file, "the recipe", "name a file that you may read, or see: edgekd list recipes"),
+        name=str(file),
+        overrides=overrides,
+    )
+
+
+def read_text(file: Path, what: str, fix: str) -> str:
+    """The text of a file that the user named. Raises RecipeError."""
     try:
-        text = file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file} cannot be read: {error}", fix="name a readable UTF-8 file, or see: edgekd list recipes") from error
-    return parse(text, name=str(file), overrides=overrides)
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(
+            f"{what} {file} cannot be read: {reason}", allowed="expected: a YAML file in UTF-8", fix=fix
+        ) from error
 
 
 def find(source: str | Path | None) -> Path:
     """The file of a recipe. Raises RecipeError when there is none."""
+    names = f"a .yaml file, or one of: {', '.join(shipped())}"
     if source is None:
         if DEFAULT_FILE.exists():
             return DEFAULT_FILE
-        raise RecipeError("there is no ./edgekd.yaml here", fix="write one with: edgekd init, or name one: edgekd run digits")
+        raise RecipeError(
+            f"there is no ./{DEFAULT_FILE} here, and no recipe is named", allowed=names, fix="write one: edgekd init"
+        )
     path = Path(source)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        if not path.is_file():
-            raise RecipeError(f"the recipe {path} does not exist", fix="see: edgekd list recipes, or write one: edgekd init")
+    if path.is_file():
         return path
-    if str(source) not in shipped():
-        raise unknown("recipe", source, shipped(), noun="recipe", fix="see: edgekd list recipes, or name a .yaml file")
-    return SHIPPED / f"{source}.yaml"
+    if str(source) in shipped():
+        return SHIPPED / f"{source}.yaml"
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise RecipeError(f"the recipe {path} {what}", allowed=names, fix="correct the path, or write one: edgekd init")
+    raise unknown("recipe", source, shipped(), noun="recipe", fix="see: edgekd list recipes, or name a .yaml file")
 
 
 def shipped() -> list[str]:
@@ -226,17 +257,44 @@ def shipped() -> list[str]:
 
 def parse(text: str, *, name: str = "recipe", overrides: Iterable[str] = ()) -> Recipe:
     """Check a recipe's text. Raises RecipeError with `name` and the line at fault."""
-    raw, lines = _yaml(text, name)
+    content, origin = mapping_from_yaml(text, name)
     for override in overrides:
-        lines.pop(_override(raw, override), None)
+        origin.override(_override(content, override))
     try:
-        return _checked(raw)
+        recipe = _completed(_current(content))
     except RecipeError as error:
-        key = error.key
-        while key and key not in lines:  # a missing key is reported at the line of the section that lacks it
-            key = key.rpartition(".")[0]
-        error.position = f"{name}:{lines[key]}: " if key else f"{name}: "
+        origin.locate(error)
         raise
+    recipe._origin = origin
+    return recipe
+
+
+S = TypeVar("S", bound=Section)
+
+
+def checked(section: type[S], content: dict[str, Any], *, fix: str) -> S:
+    """`content` as a `section`. Raises RecipeError that names the key at fault."""
+    try:
+        return section.model_validate_json(json.dumps(content))
+    except pydantic.ValidationError as error:
+        # A misspelt key is often missing under its right name too: it says more.
+        for extra in (one for one in error.errors() if one["type"] == "extra_forbidden"):
+            *outer, key = map(str, extra["loc"])
+            raise unknown_key(".".join(outer), key, _at(section, tuple(outer)).model_fields, fix=fix) from None
+        raise registry.invalid(error, content, lambda location: _expected(section, location), fix=fix) from None
+
+
+def checked_choice(value: str | dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """A thing named inside a section as {name: its options, complete}. Raises RecipeError."""
+    if isinstance(value, dict) and len(value) != 1:
+        raise RecipeError(
+            f"{where} must name one {kind}, not {len(value)}",
+            allowed="expected: NAME, or {NAME: {option: value}}",
+            fix=f"name one, see: edgekd list {kind}s",
+            key=where,
+        )
+    name, options = choice_from_yaml(value)
+    return {name: registry.entry(kind, name, where).validate(options, f"{where}.{name}")}
 
 
 def json_schema() -> dict[str, Any]:
@@ -245,24 +303,51 @@ def json_schema() -> dict[str, Any]:
     for section, (key, kind) in NAMED.items():
         definition = schema["$defs"][section.capitalize()]
         definition["additionalProperties"] = True
-        own = set(definition["properties"])
-        if kind != "network":
-            definition["properties"][key]["enum"] = registry.names(kind)
+        own = definition["properties"]
+        names = {"enum": registry.names(kind)}
+        foreign = {"pattern": ":"}  # a network of somebody else's, whose options are its own affair
+        own[key] |= {"anyOf": [names, foreign]} if kind == "network" else names
         definition["allOf"] = [
             {
-                "if": {"properties": {key: {"const": entry.name}}, "required": [key]},
+                "if": {
+                    "properties": {key: {"const": entry.name}},
+                    "required": [key] * (own[key].get("default") != entry.name),
+                },
                 "then": {
-                    "properties": {**dict.fromkeys(own, True), **entry.model.model_json_schema().get("properties", {})},
+                    "properties": {**dict.fromkeys(own, True), **_options_schema(entry)},
                     "additionalProperties": False,
                 },
             }
             for entry in registry.entries(kind)
         ]
+    for (section, key), kind in CHOICES.items():
+        schema["$defs"][section.capitalize()]["properties"][key] |= _choice_schema(kind)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "edgekd recipe", **schema}
 
 
-def _checked(raw: dict[str, Any]) -> Recipe:
-    version = raw.get("schema_version", SCHEMA_VERSION)
+def _options_schema(entry: registry.Entry) -> dict[str, Any]:
+    properties: dict[str, Any] = entry.model.model_json_schema().get("properties", {})
+    return properties
+
+
+def _choice_schema(kind: str) -> dict[str, Any]:
+    """NAME, or {NAME: {option: value}}."""
+    options = {
+        entry.name: {"type": ["object", "null"], "properties": _options_schema(entry), "additionalProperties": False}
+        for entry in registry.entries(kind)
+    }
+    one = {
+        "type": "object",
+        "properties": options,
+        "additionalProperties": False,
+        "minProperties": 1,
+        "maxProperties": 1,
+    }
+    return {"anyOf": [{"enum": registry.names(kind)}, one]}
+
+
+def _current(content: dict[str, Any]) -> Recipe:
+    version = content.get("schema_version", SCHEMA_VERSION)
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise RecipeError(
             f"schema_version = {version} is newer than this edgekd",
@@ -270,11 +355,7 @@ def _checked(raw: dict[str, Any]) -> Recipe:
             fix="upgrade edgekd: pip install -U edgekd",
             key="schema_version",
         )
-    try:
-        recipe = Recipe.model_validate(raw)
-    except pydantic.ValidationError as error:
-        raise _recipe_error(error) from None
-    return _completed(recipe)
+    return checked(Recipe, content, fix="see: edgekd schema")
 
 
 def _completed(recipe: Recipe) -> Recipe:
@@ -284,125 +365,69 @@ def _completed(recipe: Recipe) -> Recipe:
         part: Named = getattr(recipe, section)
         name = getattr(part, key)
         if kind == "network" and ":" in name:
-            continue  # the user's own callable: its options are its own affair
-        options = registry.entry(kind, name, f"{section}.{key}").validate(part.options, section)
+            continue  # somebody else's network: its options are its own affair
+        own = type(part).model_fields
+        options = registry.entry(kind, name, f"{section}.{key}").validate(part.options, section, also=own)
         update[section] = part.model_copy(update=options)
     for (section, key), kind in CHOICES.items():
         part = update.get(section, getattr(recipe, section))
-        where = f"{section}.{key}"
-        value = getattr(part, key)
-        if isinstance(value, dict) and len(value) != 1:
-            raise RecipeError(f"{where} must name one {kind}", allowed="NAME, or {NAME: {option: value}}", key=where)
-        name, options = choice_from_yaml(value)
-        checked = registry.entry(kind, name, where).validate(options, f"{where}.{name}")
-        update[section] = part.model_copy(update={key: {name: checked}})
+        update[section] = part.model_copy(update={key: checked_choice(getattr(part, key), kind, f"{section}.{key}")})
     return recipe.model_copy(update=update)
 
 
-def _recipe_error(error: pydantic.ValidationError) -> RecipeError:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    section, _, last = key.rpartition(".")
-    if first["type"] == "extra_forbidden":
-        known = _fields(first["loc"][:-1])
-        found = unknown(section or "recipe", last, known, noun="key", fix="correct the key, or see: edgekd schema")
-        found.key = key
-        return found
-    if first["type"] == "missing":
-        return RecipeError(f"{key} is missing", allowed=_expected(first["loc"]), fix=f"add {key}, or see: edgekd init", key=key)
-    return RecipeError(
-        f"{key} = {first['input']!r} is not valid" if key else "the recipe is not a mapping of keys to values",
-        allowed=f"{_expected(first['loc'])}   ({first['msg']})",
-        fix="correct the value, or see: edgekd schema",
-        key=key,
-    )
-
-
-def _section(location: tuple[int | str, ...]) -> type[pydantic.BaseModel]:
-    section: type[pydantic.BaseModel] = Recipe
+def _at(section: type[pydantic.BaseModel], location: Location) -> type[pydantic.BaseModel]:
+    """The section in which a key of this location stands."""
     for part in location:
         field = section.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel)):
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)]
+        if not inner:
             break
-        section = field.annotation
+        section = inner[0]
     return section
 
 
-def _fields(location: tuple[int | str, ...]) -> list[str]:
-    return list(_section(location).model_fields)
+def _expected(section: type[pydantic.BaseModel], location: Location) -> str:
+    """What belongs at a location: its type, and what it means."""
+    named = [part for part in location if isinstance(part, str)]
+    field = _at(section, tuple(named[:-1])).model_fields.get(named[-1]) if named else None
+    if field is None:
+        return "another value"
+    return registry.typename(field.annotation) + (f"; {field.description}" if field.description else "")
 
 
-def _expected(location: tuple[int | str, ...]) -> str:
-    for end in range(len(location), 0, -1):
-        field = _section(location[: end - 1]).model_fields.get(str(location[end - 1]))
-        if field is not None:
-            description = f": {field.description}" if field.description else ""
-            return f"expected {registry.typename(field.annotation)}{description}"
-    return "expected another value"
-
-
-def _yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Plain data, and the line of every dotted key."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines: dict[str, int] = {}
-        if node is not None:
-            _lines(node, "", lines, name)
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise RecipeError(f"{name}{line}: {problem}", allowed="a recipe is a YAML mapping", fix="correct the YAML") from None
-    except (ValueError, RecursionError, TypeError) as error:  # what PyYAML lets through: impossible dates, deep nesting
-        raise RecipeError(f"{name}: {error}", allowed="a recipe is a YAML mapping", fix="correct the YAML") from None
-    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
-        raise RecipeError(f"{name}: a recipe is a mapping of keys to values", fix="see: edgekd init")
-    return raw, lines
-
-
-def _lines(node: yaml.Node, prefix: str, lines: dict[str, int], name: str, depth: int = 0) -> None:
-    if depth > 20 or len(lines) > 10_000:  # aliases of aliases grow without limit
-        raise RecipeError(f"{name}:{node.start_mark.line + 1}: nested too deeply", fix="a recipe has at most five levels")
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            dotted = f"{prefix}{getattr(key, 'value', '')}"
-            line = key.start_mark.line + 1
-            if dotted in lines:
-                raise RecipeError(f"{name}:{line}: {dotted} is given twice", fix=f"keep one; the first is on line {lines[dotted]}")
-            lines[dotted] = line
-            _lines(value, f"{dotted}.", lines, name, depth + 1)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            lines[f"{prefix}{index}"] = value.start_mark.line + 1
-
-
-def _override(raw: dict[str, Any], override: str) -> str:
-    """Apply one `a.b=value` to the raw recipe, and return its key.
+def _override(content: dict[str, Any], override: str) -> str:
+    """Apply one `a.b=value` to the content of a recipe, and return its key.
 
     Naming another thing (`distill.method=dkd`) drops the options of the old one: they meant something there only.
     """
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise RecipeError(f"--set {override} is not key=value", fix="for example: --set distill.temperature=4")
-    try:
-        value = yaml.safe_load(text) if text else ""
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"--set {override}: the value is not YAML", fix="quote it for your shell") from error
-    at: Any = raw
-    for part in parts[:-1]:
+        example = "for example: --set distill.temperature=4"
+        raise RecipeError(
+            f"--set {override}: there is no key=value in it", allowed="expected: --set KEY=VALUE", fix=example
+        )
+    value = value_from_yaml(text, f"--set {override}")
+    at = content
+    for depth, part in enumerate(parts[:-1]):
         inner = at.get(part)
-        if isinstance(inner, str):  # activation: lma, and now activation.lma.k=4
-            inner = {inner: {}}
+        if depth == 1 and (parts[0], part) in CHOICES:  # activation: lma, and now activation.lma.k=4
+            name = parts[depth + 1]
+            inner = {name: (inner.get(name) if isinstance(inner, dict) else None) or {}}
         at[part] = inner = {} if inner is None else inner
-        if not isinstance(inner, Mapping):
-            raise RecipeError(f"--set {key}: {part} has no keys in it", fix=f"set the whole of {part}")
+        if not isinstance(inner, dict):
+            where = ".".join(parts[: depth + 1])
+            raise RecipeError(
+                f"--set {override}: {where} is no mapping",
+                allowed="only a mapping has keys",
+                fix=f"set the whole of {where}",
+            )
         at = inner
     section, last = parts[0], parts[-1]
     if len(parts) == 2 and section in NAMED and NAMED[section][0] == last and at.get(last) != value:
-        own = _section((section,)).model_fields
+        own = _at(Recipe, (section,)).model_fields
         for stale in [option for option in at if option not in own]:
             del at[stale]
     at[last] = value
-    return key
+    return ".".join(parts)

@@ -17,19 +17,22 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import json
+import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
-from edgekd.errors import EdgekdError, MissingError, RecipeError, unknown
+from edgekd.errors import EdgekdError, MissingError, RecipeError, shown, unknown, unknown_key
 
 T = typing.TypeVar("T", bound=Callable[..., Any])
 KINDS = ("dataset", "network", "activation", "method", "backend", "transport")
 GROUP = "edgekd"
+Location = tuple[int | str, ...]  # of a value in nested data: keys and indices
 # What an option's annotation may be made of; it is evaluated in this namespace and no other.
 _TYPES: dict[str, Any] = {
     "Literal": typing.Literal, "Path": Path,
@@ -53,6 +56,7 @@ class Option:
 
     @property
     def required(self) -> bool:
+        """Whether the user must give it."""
         return self.default is ...
 
 
@@ -69,53 +73,96 @@ class Entry:
     source: str
 
     def load(self) -> Callable[..., Any]:
-        """Import the thing. Raises MissingError when a package that it needs is not installed."""
+        """Import the thing. Raises MissingError when a package that it needs is not installed, or does not import."""
         try:
             thing: Callable[..., Any] = getattr(importlib.import_module(self.module), self.attribute)
             return thing
-        except ModuleNotFoundError as error:
+        except ImportError as error:
+            missing = isinstance(error, ModuleNotFoundError)
             raise MissingError(
-                f'{self.kind} "{self.name}" needs the Python package {error.name!r}, which is not installed',
-                fix="pip install 'edgekd[train]'",
+                f'{self.kind} "{self.name}" cannot be imported: {str(error).splitlines()[0]}',
+                allowed=f"it needs the Python package {error.name!r}"
+                if missing
+                else "a package that it needs is broken",
+                fix="pip install 'edgekd[train]', and see: edgekd doctor",
             ) from error
 
-    def validate(self, options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-        """Check and complete `options`. Raises RecipeError that names the option as `where`.option."""
-        where = where or self.name
+    def validate(self, options: Mapping[str, Any], where: str = "", also: Iterable[str] = ()) -> dict[str, Any]:
+        """Check and complete `options`. Raises RecipeError that names the option as `where`.option.
+
+        also: keys that may stand beside the options, to be proposed when one of them is misspelt.
+        """
+        where, see = where or self.name, f"see: edgekd list {self.kind}s"
         for key in options:
             if key not in self.options:
-                fix = f"see: edgekd list {self.kind}s"
-                error = unknown(where, key, self.options, noun=f"option of {self.kind} {self.name!r}", fix=fix)
-                error.key = f"{where}.{key}"
-                raise error
+                raise unknown_key(where, key, [*self.options, *also], of=f"{self.kind} {self.name}", fix=see)
         try:
-            return self.model(**options).model_dump()
+            return self.model.model_validate_json(json.dumps(options, default=str)).model_dump()
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            option = ".".join(str(part) for part in first["loc"])
-            kind = self.options[str(first["loc"][0])].annotation
-            key = f"{where}.{option}"
-            missing = first["type"] == "missing"
-            raise RecipeError(
-                f"{key} is required by {self.kind} {self.name!r}" if missing else f"{key} = {first['input']!r} is not valid",
-                allowed=f"expected: {typename(kind)}" + ("" if missing else f"   ({first['msg']})"),
-                fix=f"--set {key}=..., or see: edgekd list {self.kind}s",
-                key=key,
-            ) from None
+            raise invalid(error, options, self._expected, where, fix=see) from None
+
+    def _expected(self, location: Location) -> str:
+        return typename(self.options[str(location[0])].annotation)
 
     @functools.cached_property
     def model(self) -> type[pydantic.BaseModel]:
         """The options as a pydantic model, strict about unknown keys."""
         fields: Any = {o.name: (o.annotation, o.default) for o in self.options.values()}
-        config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+        config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
         return pydantic.create_model(self.name, __config__=config, __doc__=self.doc, **fields)
 
 
 def typename(annotation: Any) -> str:
-    """An annotation as a user would write it: `int`, `"sgd" | "adamw"`."""
-    if typing.get_origin(annotation) is typing.Literal:
-        return " | ".join(repr(value) for value in typing.get_args(annotation))
-    return getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else str(annotation)
+    """An annotation as a user would write it: `int`, `"sgd" | "adamw"`, `list of float`, `null`."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(shown(value) for value in inner)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(typename(one) for one in inner)
+    if origin is typing.Annotated:
+        return typename(inner[0])
+    if origin in (list, tuple):
+        return f"list of {typename(inner[0])}"
+    if annotation is types.NoneType:
+        return "null"
+    if (origin or annotation) is dict or issubclass(annotation, pydantic.BaseModel):
+        return "mapping"
+    return str(annotation.__name__).lower()
+
+
+def invalid(
+    error: pydantic.ValidationError, content: Any, expected: Callable[[Location], str], where: str = "", *, fix: str
+) -> RecipeError:
+    """The first of pydantic's complaints about `content`, which stands at the key `where`.
+
+    expected: what belongs at a place in `content`, in words.
+    """
+    first = error.errors()[0]
+    location = _location(first, content)
+    key = ".".join([where, *map(str, location)] if where else map(str, location))
+    if first["type"] == "missing":
+        return RecipeError(
+            f"{key} is missing", allowed=f"expected: {expected(location)}", fix=f"add {key}, or {fix}", key=key
+        )
+    reason = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return RecipeError(
+        f"{key} = {shown(first['input'])} is not valid",
+        allowed=f"expected: {expected(location)}   ({reason})",
+        fix=f"correct {key}, or {fix}",
+        key=key,
+    )
+
+
+def _location(problem: Any, content: Any) -> Location:
+    """Where in `content` a problem of pydantic's is: its path without the branches of unions that pydantic puts in."""
+    path: list[int | str] = []
+    for part in problem["loc"]:
+        if (isinstance(content, Mapping) and part in content) or (isinstance(content, list) and isinstance(part, int)):
+            path.append(part)
+            content = content[part]
+    if problem["type"] == "missing":
+        path.append(problem["loc"][-1])
+    return tuple(path)
 
 
 def names(kind: str) -> list[str]:
@@ -124,6 +171,7 @@ def names(kind: str) -> list[str]:
 
 
 def entries(kind: str) -> list[Entry]:
+    """The registered things of a kind, sorted by name."""
     return [_table()[kind][name] for name in names(kind)]
 
 
@@ -132,7 +180,7 @@ def entry(kind: str, name: str, where: str = "") -> Entry:
     try:
         return _table()[kind][name]
     except KeyError:
-        raise unknown(where or kind, name, _table()[kind], noun=kind, fix=f"see: edgekd list {kind}s") from None
+        raise unknown(where or kind, name, names(kind), noun=kind, fix=f"see: edgekd list {kind}s") from None
 
 
 def create(kind: str, name: str, *given: Any, options: Mapping[str, Any] | None = None, where: str = "") -> Any:
@@ -161,31 +209,42 @@ def _table() -> dict[str, dict[str, Entry]]:
 def _scan(package: str) -> Iterator[Entry]:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin:
-        raise EdgekdError(f"the entry point {package!r} in the group {GROUP!r} names no package", fix=f"pip uninstall {package}")
+        raise EdgekdError(
+            f"the entry point {package!r} in the group {GROUP!r} names no package",
+            allowed="it must name a package that is installed",
+            fix=f"pip uninstall {package}, or install it again",
+        )
     roots = [Path(folder) for folder in spec.submodule_search_locations or ()]
     files: list[tuple[Path, Path | None]] = [(file, root) for root in roots for file in sorted(root.rglob("*.py"))]
-    files = files or [(Path(spec.origin), None)]
-    for file, root in files:
-        text = file.read_text(encoding="utf-8")
-        if "@register(" not in text:
-            continue
+    for file, root in files or [(Path(spec.origin), None)]:
         parts = file.relative_to(root).with_suffix("").parts if root else ()
         module = ".".join((package, *(part for part in parts if part != "__init__")))
-        for node in ast.parse(text, str(file)).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                yield from _entries_of(node, module, file)
+        try:
+            yield from _entries(file, module)
+        except (SyntaxError, ValueError, TypeError, NameError) as error:
+            raise EdgekdError(
+                f"{file}: what is registered there cannot be read: {error}",
+                allowed=f"kinds: {', '.join(KINDS)}; options of {', '.join(_TYPES)} and None, with literal defaults",
+                fix=f"correct the file, or uninstall {package}",
+            ) from error
 
 
-def _entries_of(node: ast.FunctionDef | ast.ClassDef, module: str, file: Path) -> Iterator[Entry]:
-    for mark in node.decorator_list:
-        if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "register":
-            kind, name = ([ast.literal_eval(argument) for argument in mark.args] + [""])[:2]
-            doc = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
-            source = f"{file}:{node.lineno}"
-            yield Entry(kind, name or node.name, module, node.name, doc, _options(node, source), source)
+def _entries(file: Path, module: str) -> Iterator[Entry]:
+    text = file.read_text(encoding="utf-8")
+    if "@register(" not in text:
+        return
+    for node in ast.parse(text, str(file)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "register":
+                    kind, name = ([ast.literal_eval(argument) for argument in mark.args] + [node.name])[:2]
+                    if kind not in KINDS:
+                        raise ValueError(f"line {node.lineno}: {kind!r} is not a kind")
+                    doc = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
+                    yield Entry(kind, name, module, node.name, doc, _options(node), f"{file}:{node.lineno}")
 
 
-def _options(node: ast.FunctionDef | ast.ClassDef, source: str) -> dict[str, Option]:
+def _options(node: ast.FunctionDef | ast.ClassDef) -> dict[str, Option]:
     if isinstance(node, ast.ClassDef):
         inits = [child for child in node.body if isinstance(child, ast.FunctionDef) and child.name == "__init__"]
         if not inits:
@@ -194,7 +253,7 @@ def _options(node: ast.FunctionDef | ast.ClassDef, source: str) -> dict[str, Opt
     options = {}
     for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
         if argument.annotation is None:
-            raise EdgekdError(f"{source}: option {argument.arg!r} has no annotation")
+            raise ValueError(f"line {argument.lineno}: the option {argument.arg!r} has no annotation")
         annotation = eval(ast.unparse(argument.annotation), {"__builtins__": {}}, _TYPES)
         value = ... if default is None else ast.literal_eval(default)
         options[argument.arg] = Option(argument.arg, annotation, value)

@@ -40,6 +40,8 @@ LOGITS = "test_logits.npy"
 LABELS = "test_labels.npy"
 CURVES = "activations.json"
 MODEL = "model.onnx"
+# What a backend compiled: the folder that goes to the device, and nothing else of the artifact.
+ENGINE = "engine"
 # Inputs of an activation are counted over this many validation images.
 CURVE_SAMPLES = 500
 
@@ -184,11 +186,13 @@ def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dic
             fix="choose another backend in the target, or change the network",
         )
     job.on_progress(0.2, f"compiling for {job.backend.name}")
-    facts = job.backend.compile(model, out, threads=job.target.threads)
-    result: dict[str, Any] = {"backend": job.backend.name, "facts": facts, "size_bytes": _size(out)}
+    built = Engine(subject, out / ENGINE, job.backend.runner, job.backend.name)
+    built.folder.mkdir()
+    facts = job.backend.compile(model, built.folder, threads=job.target.threads)
+    result: dict[str, Any] = {"backend": job.backend.name, "facts": facts, "size_bytes": _size(built.folder)}
     if job.backend.builds_on == "host":
         job.on_progress(0.5, "measuring the engine")
-        run = backends.load_runner(Engine(subject, out, job.backend.runner, job.backend.name)).run
+        run = backends.load_runner(built).run
         logits = _in_batches(run, job.dataset.normalized("test"), job.recipe.export.batch)
         np.save(out / LOGITS, logits)
         result |= _accuracy(logits, job.dataset.test.labels)
@@ -201,14 +205,14 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     some = spec.accuracy_samples
     labels = job.dataset.test.labels[:some]
     engines = {
-        subject: Engine(subject, inputs[f"engine-{subject}"].folder, job.backend.runner, job.backend.name)
+        subject: Engine(subject, inputs[f"engine-{subject}"].file(ENGINE), job.backend.runner, job.backend.name)
         for subject in ("student", "teacher")
     }
     session = work / "session"
     found = benchmark(
         engines["student"], engines["teacher"], samples=job.dataset.normalized("test")[:some], labels=labels,
-        device=Device(job.device or job.target.device, work), workdir=session, seconds=spec.seconds, mode=spec.mode,
-        seed=job.recipe.seed, on_progress=lambda share, left_s, text: job.on_progress(share, text),
+        device=Device(job.device or job.target.device, work), workdir=session, seconds=spec.seconds,
+        launches=spec.launches, mode=spec.mode, seed=job.recipe.seed, on_progress=lambda share, left_s, text: job.on_progress(share, text),
     )  # fmt: skip
     for file in session.iterdir():
         if file.name != "samples.npy":  # the images can be made again from the data, and are large

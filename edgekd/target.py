@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import pydantic
-import yaml
 from pydantic import Field
 
-from edgekd import registry
 from edgekd.errors import RecipeError, unknown
-from edgekd.recipe import Choice, Section, choice_from_yaml
+from edgekd.recipe import Choice, Section, checked, checked_choice, choice_from_yaml, read_text
+from edgekd.yamlfile import mapping_from_yaml
 
 _PACKAGE = Path(__file__).parent
 
@@ -46,28 +44,18 @@ def names() -> list[str]:
 
 
 def load(source: str) -> Target:
-    """A shipped target by name, or the user's own by the path of its YAML. Raises RecipeError."""
-    path = Path(source)
+    """A shipped target by name, or the user's own by the path of its YAML. Raises RecipeError, with its line."""
+    path, fix = Path(source), "see: edgekd list targets, or name a .yaml file"
     if path.suffix not in (".yaml", ".yml"):
         if source not in names():
-            raise unknown("target", source, names(), noun="target", fix="see: edgekd list targets, or name a .yaml file")
+            raise unknown("target", source, names(), noun="target", fix=fix)
         path = shipped_folder("targets") / f"{source}.yaml"
+    content, origin = mapping_from_yaml(read_text(path, "the target", fix), str(path))
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"the target {path} cannot be read: {error.strerror}", fix="see: edgekd list targets") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"the target {path} is not YAML: {error}", fix="correct the file") from error
-    try:
-        target = Target.model_validate(raw)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(
-            f"{path}: {key or 'the target'}: {first['msg'].lower()}",
-            allowed=f"keys: {', '.join(Target.model_fields)}",
-            fix="correct the file; the shipped targets are examples: edgekd list targets",
-        ) from None
-    for index, (name, options) in enumerate(target.choices):
-        registry.entry("backend", name, f"{path}: backends.{index}").validate(options, f"{path}: backends.{name}")
+        target = checked(Target, content, fix="see the shipped targets: edgekd list targets")
+        for index, backend in enumerate(target.backends):
+            checked_choice(backend, "backend", f"backends.{index}")
+    except RecipeError as error:
+        origin.locate(error)
+        raise
     return target

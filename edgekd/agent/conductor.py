@@ -108,7 +108,7 @@ class Bench:
         self.telemetry = []  # type: list[dict[str, Any]]
         self.started = time.perf_counter()
         self.expected_s = spec["min_seconds"] + SETUP_GUESS_S * spec["launches"]
-        self.shown = 0.0
+        self.measured_s, self.shown = 0.0, 0.0
 
     def run(self) -> dict[str, Any]:
         """Do it all; returns what goes into result.json."""
@@ -154,16 +154,17 @@ class Bench:
             elapsed = time.perf_counter() - started
             self.expect(models, launch, elapsed)
             self.progress("measure")
+        self.measured_s += elapsed
         self.telemetry += watch.series
 
     def expect(self, models: list[Model], launch: int, elapsed: float) -> None:
-        """Update how long the whole will take."""
-        per_launch = max(elapsed, self.spec["min_seconds"] / self.spec["launches"])
+        """Update how long the whole will take, from what the launches took so far."""
         done = time.perf_counter() - self.started
-        setup = (done - elapsed) / (launch + 1) - (per_launch if launch else 0) * launch / (launch + 1)
+        setup = (done - self.measured_s - elapsed) / (launch + 1)
+        per_launch = max(elapsed, self.spec["min_seconds"] / self.spec["launches"])
         accuracy = self.count * max(model.report["median_ns"] for model in models) / 1e9
-        left = per_launch - elapsed + (self.spec["launches"] - launch - 1) * (setup + per_launch) + accuracy
-        self.expected_s = done + left
+        self.expected_s = done + per_launch - elapsed + accuracy
+        self.expected_s += (self.spec["launches"] - launch - 1) * (setup + per_launch)
 
     def classify(self, models: list[Model]) -> None:
         """Every sample once through every model, all models at a time: nothing is timed here."""

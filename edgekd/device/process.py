@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,6 +18,7 @@ from edgekd.errors import StageError
 
 KEPT_STDERR_LINES = 30
 STDOUT_LIMIT_BYTES = 16 << 20
+LINE_LIMIT_BYTES = 1 << 16
 GRACE_S = 2.0
 
 
@@ -55,43 +57,62 @@ def run(
     except OSError as error:
         raise StageError(f"{argv[0]} cannot be run: {error.strerror}", fix="check that it is installed") from error
     assert process.stdout is not None and process.stderr is not None
-    tail: deque[str] = deque(maxlen=KEPT_STDERR_LINES)
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     output = bytearray()
-    readers = {
-        process.stderr: threading.Thread(target=_read_lines, args=(process.stderr, tail, on_stderr_line), daemon=True),
-        process.stdout: threading.Thread(target=_read_bytes, args=(process.stdout, output), daemon=True),
-    }
-    for reader in readers.values():
+    readers = [
+        threading.Thread(target=_read_lines, args=(process.stderr, lines), daemon=True),
+        threading.Thread(target=_read_bytes, args=(process.stdout, output), daemon=True),
+    ]
+    for reader in readers:
         reader.start()
+    tail: deque[str] = deque(maxlen=KEPT_STDERR_LINES)
     try:
-        status = process.wait(timeout)
+        for line in _lines_until_the_end(process, lines, started + timeout):
+            tail.append(line)
+            if on_stderr_line:
+                on_stderr_line(line)
+        status = process.wait(max(0.0, started + timeout - time.monotonic()))
     except subprocess.TimeoutExpired:
-        raise StageError(
-            f"{' '.join(argv)} did not end within {timeout:.0f} s", allowed=last_lines(list(tail))
-        ) from None
+        raise StageError(f"{' '.join(argv)} did not end within {timeout:g} s", allowed=last_lines(list(tail))) from None
     finally:
         _end(process)
-        for stream, reader in readers.items():
+        # A process that left the group may hold the pipes, and the readers, for longer: leave it to them.
+        for reader in readers:
             reader.join(GRACE_S)
-            # A process that left the group may hold the pipe, and its reader, for ever: leave it to them.
-            if not reader.is_alive():
-                stream.close()
     stdout = output.decode("utf-8", "replace")
     return Finished(tuple(argv), status, stdout, tuple(tail), time.monotonic() - started)
 
 
-def _read_lines(stream: IO[bytes], tail: deque[str], on_line: Callable[[str], None] | None) -> None:
-    # readline(limit): a process that never ends its line must not fill our memory.
-    for raw in iter(lambda: stream.readline(1 << 16), b""):
-        line = raw.decode("utf-8", "replace").rstrip("\n")
-        tail.append(line)
-        if on_line:
-            on_line(line)
+def _lines_until_the_end(
+    process: subprocess.Popen[bytes], lines: queue.SimpleQueue[str | None], deadline: float
+) -> Iterator[str]:
+    """The lines as they come, in our own thread: an error or Ctrl-C while one is handled is ours to see."""
+    while time.monotonic() < deadline:
+        try:
+            line = lines.get(timeout=0.1)
+        except queue.Empty:
+            if process.poll() is not None:  # but a grandchild keeps standard error open
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+            continue
+        if line is None:
+            return
+        yield line
+    if process.poll() is None:
+        raise subprocess.TimeoutExpired(process.args, 0)
+
+
+def _read_lines(stream: IO[bytes], lines: queue.SimpleQueue[str | None]) -> None:
+    with stream:
+        # readline(limit): a process that never ends its line must not fill our memory.
+        for raw in iter(lambda: stream.readline(LINE_LIMIT_BYTES), b""):
+            lines.put(raw.decode("utf-8", "replace").rstrip("\n"))
+    lines.put(None)
 
 
 def _read_bytes(stream: IO[bytes], output: bytearray) -> None:
-    for chunk in iter(lambda: stream.read(1 << 16), b""):
-        output += chunk[: max(0, STDOUT_LIMIT_BYTES + 1 - len(output))]
+    with stream:
+        for chunk in iter(lambda: stream.read(1 << 16), b""):
+            output += chunk[: max(0, STDOUT_LIMIT_BYTES + 1 - len(output))]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -134,13 +134,14 @@ def _latencies(bench: Artifact | None) -> Latencies:
 
 
 def _latency(bench: Artifact, name: str) -> Latency:
-    found = dict(bench.result["latency"][name])
-    stamps = np.load(bench.file(found["samples_file"]), allow_pickle=False).reshape(-1, 2) / 1e6
-    known = {key: value for key, value in found.items() if key in Latency.model_fields}
+    """The samples file holds rows (launch, block, start_ns, duration_ns); time starts with the first of either model."""
+    found = bench.result["latency"]
+    tables = {model: np.load(bench.file(found[model]["samples_file"]), allow_pickle=False) for model in found}
+    first_ns = min(table[0, 2] for table in tables.values())
     return Latency(
-        **known,
-        samples_ms=stamps[:, 1].tolist(),
-        samples_time_s=(stamps[:, 0] / 1e3).tolist(),
+        **found[name],
+        samples_ms=(tables[name][:, 3] / 1e6).tolist(),
+        samples_time_s=((tables[name][:, 2] - first_ns) / 1e9).tolist(),
     )
 
 
@@ -189,9 +190,8 @@ def _activation(artifacts: Artifacts) -> list[Activation] | Absent:
 
 
 def _with_histogram(layer: dict[str, Any]) -> dict[str, Any]:
-    inputs = layer.pop("inputs")
-    edges = np.linspace(inputs["low"], inputs["high"], len(inputs["counts"]) + 1)
-    return {**layer, "histogram": {"edges": edges.tolist(), "counts": inputs["counts"]}}
+    inputs = {key: value for key, value in layer["inputs"].items() if key != "name"}
+    return {key: value for key, value in layer.items() if key != "inputs"} | {"histogram": inputs}
 
 
 def _telemetry(bench: Artifact | None) -> Telemetry | Absent:

@@ -97,7 +97,7 @@ def latency_distribution(models: dict[str, Latency]) -> Drawn:
     logarithmic = high / low >= LOG_FROM_RATIO
     scale, unscale = (np.log, np.exp) if logarithmic else (np.asarray, np.asarray)
     # Room on both sides for the percentiles' labels.
-    pad = 0.42 * (scale(high) - scale(low))
+    pad = 0.5 * (scale(high) - scale(low))
     edges = unscale(np.linspace(scale(low), scale(high), 49))
     fastest = min(models, key=lambda name: models[name].p50_ms)
     with drawing("latency-distribution"):
@@ -113,7 +113,7 @@ def latency_distribution(models: dict[str, Latency]) -> Drawn:
             _mark_percentiles(bottom, models[name], colour, left=name == fastest)
         if logarithmic:
             bottom.set_xscale("log")
-            bottom.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            bottom.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 50 else (1,)))
         else:
             bottom.xaxis.set_major_locator(MaxNLocator(5))
         bottom.xaxis.set_minor_locator(NullLocator())
@@ -145,6 +145,7 @@ def _mark_percentiles(axes: Axes, model: Latency, colour: str, *, left: bool) ->
             ha="right" if left else "left",
             va="bottom" if left or above else "top",
             fontsize=10.5,
+            bbox={"facecolor": ROLES["surface"], "alpha": 0.8, "linewidth": 0, "pad": 0.5},
         )
 
 
@@ -233,7 +234,7 @@ def training(document: Document) -> list[Drawn]:
     drawn = []
     for title, names, caption in (
         ("Training loss", ("train_loss",), "Mean over the epoch; with a teacher the loss is another one."),
-        ("Accuracy", ("val_accuracy", "train_accuracy"), "Strong: validation split. Faint: training set, augmented."),
+        ("Accuracy", ("val_accuracy", "train_accuracy"), "Strong: validation split. Faint, where known: training set."),
     ):
         with drawing(title):
             figure = blank(WIDTH, 230)

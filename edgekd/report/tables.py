@@ -78,7 +78,10 @@ def headline(document: Document) -> str:
         speed = "As fast as its teacher"
     else:
         speed = f"{times(speedup.value)} faster" if speedup.value > 1 else f"{times(1 / speedup.value)} slower"
-    accuracy = "accuracy not compared" if isinstance(change, Absent) else f"{points(change.value)} of accuracy"
+    if isinstance(change, Absent):
+        accuracy = "accuracy not compared"
+    else:
+        accuracy = "equal accuracy" if points(change.value) == points(0) else f"{points(change.value)} of accuracy"
     return f"{speed}, {accuracy}, on {document.target_name}"
 
 

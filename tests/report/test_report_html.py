@@ -12,7 +12,7 @@ import pytest
 
 from edgekd.report import Document, load, write
 from edgekd.report.html import html_from_document
-from edgekd.report.tables import RUNG_LABELS
+from edgekd.report.tables import RUNG_LABELS, headline
 
 SECTIONS = [
     "Budgets",
@@ -255,6 +255,15 @@ def test_smallest_report(brief):
 def test_speed_in_words(brief, ci95, value, wording):
     brief["verdict"]["speedup"] = {"value": value, "ci95": ci95}
     assert page_of(brief).text_in("h1")[0].startswith(wording)
+
+
+@pytest.mark.parametrize(
+    ("value", "wording"),
+    [(0.012, "+1.20 points of accuracy"), (0.0, "equal accuracy"), (-0.00001, "equal accuracy")],
+)
+def test_accuracy_in_words(brief, value, wording):
+    brief["verdict"]["accuracy_change"] |= {"value": value}
+    assert f", {wording}, on " in headline(Document.model_validate(brief))
 
 
 def test_same_document_same_bytes(document, tmp_path):

@@ -25,7 +25,7 @@ class OnnxRuntime(Backend):
     name = "onnxruntime"
     precisions = ("fp32", "fp16", "int8")
     builds_on = "host"
-    forms: ClassVar = {"any": "step_sum", "continuous": "clip_sum"}
+    forms: ClassVar = {"any": "step_gemm", "continuous": "max_gemm"}
     runner = Path(__file__).with_name("runner.py")
 
     def __init__(

@@ -1,0 +1,66 @@
+"""A teacher's logits for the whole training split, computed once and not at every step."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgekd.data import Dataset
+from edgekd.data.batches import Batches
+from edgekd.recipe import Augment
+
+
+class TeacherLogits:
+    """The teacher's logits by epoch and sample; kept in `folder`, if one is given, for every student that shares it.
+
+    They are those of the images that the student sees, since a sample's augmentation depends on nothing but the
+    augmentation's seed, the epoch and the sample; without augmentation all epochs share one table. Against a teacher
+    that is asked at every step they differ by rounding, because the samples meet in other batches. The processes of a
+    distributed run share the work.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, dataset: Dataset, batches: Batches, augment: Augment,
+        accelerator: accelerate.Accelerator, folder: Path | None,
+    ) -> None:  # fmt: skip
+        self.teacher, self.batches, self.accelerator, self.folder = teacher, batches, accelerator, folder
+        self.shape = len(dataset.train), dataset.num_classes
+        self.changing = is_changing(augment)
+        self._epoch, self._logits = -1, torch.empty(0)
+
+    def of(self, epoch: int) -> Tensor:
+        """float32 [N, K] for the training split as augmented in this epoch, on the training device."""
+        epoch = epoch if self.changing else 0
+        if epoch != self._epoch:
+            file = None if self.folder is None else self.folder / f"epoch_{epoch:04d}.npy"
+            logits = None if file is None else self._read(file)
+            if logits is None or not self._all_have(logits is not None):
+                logits = self._compute(epoch)
+                if file is not None and self.accelerator.is_main_process:
+                    _write(logits, file)
+            self._epoch, self._logits = epoch, logits.to(self.batches.device)
+        return self._logits
+
+    def _read(self, file: Path) -> Tensor | None:
+        try:
+            logits = torch.from_numpy(np.load(file, allow_pickle=False))
+        except (OSError, ValueError, EOFError):  # absent, or cut short by a full disk
+            return None
+        return logits if logits.shape == self.shape else None
+
+    @torch.no_grad()
+    def _compute(self, epoch: int) -> Tensor:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        logits, at = torch.zeros(self.shape, device=self.batches.device), 0
+        for number, x in enumerate(self.batches.in_order(epoch)):
+            if number % world == rank:
+                with self.accelerator.autocast():
+                    logits[at : at + len(x)] = self.teacher(x)
+            at += len(x)
+        summed: Tensor = self.accelerator.reduce(logits, "sum")  # the others' rows are zero
+        return summed
