@@ -31,14 +31,12 @@ LOG = "log"
 SCHEMA_VERSION = 1
 
 
-def key_of(
-    stage: str, version: int, spec: Mapping[str, Any], inputs: Mapping[str, str], facts: Mapping[str, Any]
-) -> str:
+def key_of(stage: str, version: int, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """The address of what a stage makes: everything that would make it wrong if it changed.
 
-    inputs: digests of the artifacts it reads; facts: what it reads besides (the data's fingerprint, say).
+    spec: what it reads of the recipe, the target and the data; inputs: digests of the artifacts that it reads.
     """
-    canonical = json.dumps([stage, version, spec, inputs, facts], sort_keys=True, separators=(",", ":"), default=str)
+    canonical = json.dumps([stage, version, spec, inputs], sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -51,10 +49,12 @@ class Artifact:
 
     @property
     def stage(self) -> str:
+        """The stage that made it."""
         return str(self.manifest["stage"])
 
     @property
     def key(self) -> str:
+        """Its address: see `key_of`."""
         return str(self.manifest["key"])
 
     @property
@@ -75,11 +75,11 @@ class Artifact:
     def verify(self) -> None:
         """Raises StoreError that names the file whose bytes are not those of the manifest."""
         for listed in self.manifest["files"]:
-            file = self.folder / listed["path"]
+            file = self.file(listed["path"])
             if not file.is_file():
-                raise _damaged(file, "is gone from the store")
+                raise _damaged(self.folder, listed["path"], "is gone from the store")
             if sha256_of(file) != listed["sha256"]:
-                raise _damaged(file, "is not what was stored", f"its sha256 was {listed['sha256'][:16]}...")
+                raise _damaged(self.folder, listed["path"], "is not what was stored")
 
 
 class Store:
@@ -93,9 +93,9 @@ class Store:
         folder = self.root / "store" / stage / key
         if not folder.is_dir():
             return None
-        artifact = Artifact(folder, _unsealed(folder / MANIFEST))
+        artifact = Artifact(folder, _unsealed(folder))
         if (artifact.stage, artifact.key) != (stage, key):
-            raise _damaged(folder / MANIFEST, f"belongs to {artifact.stage}/{artifact.key}")
+            raise _damaged(folder, MANIFEST, f"is that of {artifact.stage}/{artifact.key}")
         artifact.verify()
         return artifact
 
@@ -157,7 +157,11 @@ class Store:
                 }  # fmt: skip
                 write_synced(partial / MANIFEST, _sealed(manifest))
                 final.parent.mkdir(parents=True, exist_ok=True)
-                partial.rename(final)
+                try:
+                    partial.rename(final)
+                except OSError as error:  # where locks do not work: another process was first, its artifact is as good
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                        raise
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         found = self.find(stage, key)
@@ -171,12 +175,12 @@ class Store:
 
     def recorded(self, run_id: str) -> dict[str, Any]:
         """What `record` wrote. Raises StoreError when it cannot be read."""
-        file = self.root / "runs" / run_id / RUN
+        folder = self.root / "runs" / run_id
         try:
-            content: dict[str, Any] = json.loads(file.read_bytes())
+            content: dict[str, Any] = json.loads((folder / RUN).read_bytes())
             return content
         except (OSError, ValueError) as error:
-            raise _damaged(file, f"cannot be read: {error}") from error
+            raise _damaged(folder, RUN, f"cannot be read: {error}") from error
 
     def runs(self) -> list[str]:
         """The ids of the runs, the newest last."""
@@ -206,34 +210,6 @@ def _digest(files: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
-def _sealed(manifest: Mapping[str, Any]) -> str:
-    """A manifest as text that holds its own sha256: no byte of it can change unseen."""
-    seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**manifest, "seal": seal}, indent=1, sort_keys=True)
-
-
-def _unsealed(file: Path) -> dict[str, Any]:
-    """A manifest from its file. Raises StoreError when it is not as it was written."""
-    try:
-        text = file.read_bytes()
-        manifest: dict[str, Any] = json.loads(text)
-        if _sealed({key: value for key, value in manifest.items() if key != "seal"}).encode() == text:
-            return manifest
-    except FileNotFoundError:
-        raise _damaged(file, "is gone from the store") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise _damaged(file, f"cannot be read: {error}") from error
-    raise _damaged(file, "is not what was stored", "its seal is another")
-
-
-def _damaged(file: Path, problem: str, allowed: str = "what is in the store is never changed") -> StoreError:
-    return StoreError(
-        f"{file} {problem}",
-        allowed=allowed,
-        fix=f"rm -r {shlex.quote(str(file.parent))}, then run again: it is made anew",
-    )
-
-
 def write_synced(file: Path, text: str) -> None:
     """Write a text file so that a kill leaves either the old one or the new one."""
     partial = file.with_name(f"{file.name}.partial")
@@ -242,6 +218,34 @@ def write_synced(file: Path, text: str) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     partial.replace(file)
+
+
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    """A manifest as text that holds its own sha256: no byte of it can change unseen."""
+    plain = json.loads(json.dumps(manifest))
+    seal = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**plain, "seal": seal}, indent=1, sort_keys=True)
+
+
+def _unsealed(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact. Raises StoreError when it is not as it was written."""
+    try:
+        text = (folder / MANIFEST).read_bytes()
+        manifest: dict[str, Any] = json.loads(text)
+        if _sealed({key: value for key, value in manifest.items() if key != "seal"}).encode() == text:
+            return manifest
+        problem = "is not what was stored"
+    except (OSError, ValueError, AttributeError) as error:
+        problem = f"cannot be read: {error}"
+    raise _damaged(folder, MANIFEST, problem)
+
+
+def _damaged(folder: Path, name: str, problem: str) -> StoreError:
+    return StoreError(
+        f"{folder / name} {problem}",
+        allowed="nothing in the store may change",
+        fix=f"rm -r {shlex.quote(str(folder))}, then run again: it is made anew",
+    )
 
 
 FULL = "free some space, then run again: what is finished is kept"

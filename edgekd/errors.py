@@ -18,7 +18,9 @@ import difflib
 import json
 from collections.abc import Iterable
 
+# What an error shows of a value, and of a list of names.
 SHOWN_CHARACTERS = 60
+SHOWN_NAMES = 30
 
 
 class EdgekdError(Exception):
@@ -116,4 +118,5 @@ def shown(value: object) -> str:
 
 
 def _known(names: list[str], close: str) -> str:
-    return f"known: {', '.join(names) or 'none'}" + (f'   (closest: "{close}")' if close else "")
+    more = f", and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return f"known: {', '.join(names[:SHOWN_NAMES]) or 'none'}{more}" + (f'   (closest: "{close}")' if close else "")

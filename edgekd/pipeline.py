@@ -7,25 +7,33 @@ depend on it, and a stage that makes the same bytes as before stops the rerun th
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache, partial
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Literal
 
 from edgekd import __version__, stages
-from edgekd.artifact import Artifact, Store, key_of, sha256_of, write_synced
-from edgekd.errors import CheckpointError, RecipeError, StoreError, unknown
+from edgekd.artifact import Artifact, Store, key_of, sha256_of
+from edgekd.device import Device
+from edgekd.errors import CheckpointError, RecipeError, StoreError, shown, unknown
 from edgekd.stages import Inputs, Job
+
+SUBJECTS = ("teacher", "student")
+_log = logging.getLogger(__name__)
+# What may change a result, listed in every manifest.
+RECORDED = ("torch", "accelerate", "numpy", "onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,26 @@ class Stage:
 
 
 def _network(job: Job, part: str) -> dict[str, Any]:
-    return {part: getattr(job.recipe, part).model_dump(mode="json", exclude={"checkpoint"}), **_learning(job)}
+    spec, data = getattr(job.recipe, part), job.recipe.data
+    own = {"source_sha256": source} if (source := _source_sha256(spec.network)) else {}
+    return {
+        part: spec.model_dump(mode="json", exclude={"checkpoint"}),
+        "seed": job.recipe.seed,
+        # The source's options are in the data's fingerprint, except for where its files lie.
+        "data": data.model_dump(mode="json", exclude=set(data.options)),
+        **own,
+    }
 
 
-def _learning(job: Job) -> dict[str, Any]:
-    return {"data": job.recipe.data.model_dump(mode="json"), "seed": job.recipe.seed}
+def _source_sha256(network: str) -> str:
+    """Of the file that defines a `module:callable`, found without importing it; empty for other networks."""
+    module, colon, _ = network.partition(":")
+    places: Sequence[str] | None = [*sys.path, os.getcwd()]
+    spec = None
+    for depth in range(1, module.count(".") + 2 if colon else 0):
+        spec = PathFinder.find_spec(".".join(module.split(".")[:depth]), places)
+        places = spec.submodule_search_locations if spec else []
+    return sha256_of(Path(spec.origin)) if spec and spec.has_location and spec.origin else ""
 
 
 def _teacher(job: Job) -> dict[str, Any]:
@@ -55,8 +78,13 @@ def _teacher(job: Job) -> dict[str, Any]:
     if spec.checkpoint is None:
         return _network(job, "teacher")
     # A teacher that is only loaded depends neither on how it would be trained nor on the seed.
-    given = {"teacher": spec.model_dump(mode="json", exclude={"checkpoint", "train"}), "data": job.recipe.data.model_dump(mode="json")}
-    return {**given, "checkpoint_sha256": _checkpoint(spec.checkpoint)}
+    given = spec.model_dump(mode="json", exclude={"checkpoint", "train"})
+    return {
+        **_network(job, "teacher"),
+        "teacher": given,
+        "seed": None,
+        "checkpoint_sha256": _checkpoint(spec.checkpoint),
+    }
 
 
 def _scratch(job: Job) -> dict[str, Any]:
@@ -69,7 +97,7 @@ def _student(job: Job) -> dict[str, Any]:
     return {**_network(job, "student"), "distill": distill}
 
 
-def _onnx(job: Job, subject: str) -> dict[str, Any]:
+def _onnx(subject: str, job: Job) -> dict[str, Any]:
     spec = job.recipe.export
     return {**spec.model_dump(mode="json"), "opset": spec.opset or job.target.opset, "form": job.form(subject)}
 
@@ -82,11 +110,14 @@ def _bench(job: Job) -> dict[str, Any]:
     return {"run": job.run_id, **job.recipe.benchmark.model_dump(mode="json")}
 
 
-def _checkpoint(path: Path | None) -> str | None:
-    if path is None:
-        return None
+def _checkpoint(path: Path) -> str:
     if not path.is_file():
-        raise CheckpointError(f"teacher.checkpoint = {path} does not exist", fix="correct the path, or drop it to train the teacher here")
+        raise CheckpointError(
+            f"teacher.checkpoint = {shown(path)}: there is no such file",
+            allowed="expected: a safetensors file or a torch state dict",
+            fix="correct the path, or drop it to train the teacher here",
+            key="teacher.checkpoint",
+        )
     return sha256_of(path)
 
 
@@ -94,20 +125,15 @@ TABLE: tuple[Stage, ...] = (
     Stage("teacher", stages.teacher, _teacher, trains=True),
     Stage("scratch", stages.scratch, _scratch, wanted=lambda job: job.recipe.distill.scratch, trains=True),
     Stage("student", stages.student, _student, ("teacher",), trains=True),
-    *(
-        Stage(f"onnx-{subject}", functools.partial(stages.onnx, subject), functools.partial(_onnx, subject=subject), (subject,))
-        for subject in ("teacher", "student")
-    ),
-    *(
-        Stage(f"engine-{subject}", functools.partial(stages.engine, subject), _engine, (f"onnx-{subject}",))
-        for subject in ("teacher", "student")
-    ),
+    *(Stage(f"onnx-{one}", partial(stages.onnx, one), partial(_onnx, one), (one,)) for one in SUBJECTS),
+    *(Stage(f"engine-{one}", partial(stages.engine, one), _engine, (f"onnx-{one}",)) for one in SUBJECTS),
     Stage("bench", stages.bench, _bench, ("engine-student", "engine-teacher"), measures=True),
 )
 # The last stage that each command of the command line needs; it runs that one and all above it.
 LAST = {"distill": "student", "export": "onnx-student", "compile": "engine-student", "bench": "bench", "run": "bench"}
 
 Action = Literal["reuse", "run", "unknown"]
+What = Literal["reuse", "wait", "run", "done"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +143,7 @@ class StageEvent:
     stage: str
     number: int
     total: int
-    what: Literal["reuse", "wait", "run", "done"]
+    what: What
 
 
 OnStage = Callable[[StageEvent], None]
@@ -140,12 +166,14 @@ def needed(job: Job, last: str) -> list[Stage]:
 
 
 def plan(job: Job, last: str) -> list[Planned]:
-    """What `run` would do, without doing it and without reading more than hashes. Raises what a run would raise early."""
+    """What `run` would do, without doing it and without reading more than hashes. Raises what a run raises early."""
     found: dict[str, Planned] = {}
     for stage in needed(job, last):
-        artifacts = [found[name].artifact for name in stage.inputs]
-        if all(artifacts):
-            key = _key(job, stage, {name: found[name].artifact for name in stage.inputs})  # type: ignore[misc]
+        inputs = {name: found[name].artifact for name in stage.inputs}
+        if stage.measures:
+            Device(job.device or job.target.device, job.store.root)  # raises when the URL names no device
+        if all(inputs.values()):
+            key = _key(job, stage, inputs)  # type: ignore[arg-type]
             artifact = None if stage.measures else job.store.find(stage.name, key)
             found[stage.name] = Planned(stage.name, "reuse" if artifact else "run", key, artifact)
         else:
@@ -153,12 +181,15 @@ def plan(job: Job, last: str) -> list[Planned]:
     return list(found.values())
 
 
-def check(job: Job) -> None:
-    """Find what would fail late before anything is trained: method, networks, backend. Raises what they raise."""
-    job.backend.require()
-    job.method()
-    for subject in ("teacher", "student"):
-        job.build(subject)
+def check(job: Job, stages: Collection[str]) -> None:
+    """Find what would fail late in these stages before anything is trained: method, networks, backend."""
+    if any(stage.startswith("engine-") for stage in stages):
+        job.backend.require()
+    if "student" in stages:
+        job.method()
+    for subject in SUBJECTS:
+        if subject in stages:
+            job.build(subject)
 
 
 def run(job: Job, last: str, on_stage: OnStage = lambda event: None) -> dict[str, Artifact]:
@@ -168,31 +199,39 @@ def run(job: Job, last: str, on_stage: OnStage = lambda event: None) -> dict[str
     """
     main = is_main_process()
     wanted = [stage for stage in needed(job, last) if main or stage.trains]
-    if any(planned.action != "reuse" for planned in plan(job, last) if planned.stage != "bench"):
-        check(job)
+    check(job, [planned.stage for planned in plan(job, last) if planned.action != "reuse"])
     made: dict[str, Artifact] = {}
     for number, stage in enumerate(wanted, start=1):
-        inputs = {name: made[name] for name in stage.inputs}
-        key = _key(job, stage, inputs)
-        event = functools.partial(StageEvent, stage.name, number, len(wanted))
-        artifact = job.store.find(stage.name, key)
-        if artifact is not None:
-            on_stage(event("reuse"))
-        elif main:
-            with job.store.locked(key, lambda event=event: on_stage(event("wait"))):  # type: ignore[misc]
-                artifact = job.store.find(stage.name, key)  # made by another run while this one waited
-                if artifact is None:
-                    on_stage(event("run"))
-                    artifact = _make(job, stage, key, inputs)
-        else:
-            _take_part(job, stage, key, inputs)
-            artifact = job.store.find(stage.name, key)
-        assert artifact is not None
-        made[stage.name] = artifact
-        on_stage(event("done"))
+        tell = partial(_tell, on_stage, stage.name, number, len(wanted))
+        made[stage.name] = _obtained(job, stage, {name: made[name] for name in stage.inputs}, tell)
+        tell("done")
         if main:
-            record(job, made)
+            job.store.record(job.run_id, _record(job, made))
     return made
+
+
+def _obtained(job: Job, stage: Stage, inputs: Inputs, tell: Callable[[What], None]) -> Artifact:
+    """The stage's artifact: from the store, made here, or in a helper process made by the first one."""
+    key = _key(job, stage, inputs)
+    _log.info("%s %s", stage.name, key)
+    artifact = job.store.find(stage.name, key)
+    if artifact is not None:
+        tell("reuse")
+    elif is_main_process():
+        with job.store.locked(key, on_wait=lambda: tell("wait")):
+            artifact = job.store.find(stage.name, key)  # made by another run while this one waited
+            if artifact is None:
+                tell("run")
+                artifact = _make(job, stage, key, inputs)
+    else:
+        _take_part(job, stage, key, inputs)
+        artifact = job.store.find(stage.name, key)
+    assert artifact is not None
+    return artifact
+
+
+def _tell(on_stage: OnStage, name: str, number: int, total: int, what: What) -> None:
+    on_stage(StageEvent(name, number, total, what))
 
 
 def is_main_process() -> bool:
@@ -200,9 +239,33 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def record(job: Job, made: Mapping[str, Artifact]) -> None:
-    """Write what the run has made so far to its folder: a report can be made from it at any time."""
-    content = {
+def recorded(store: Store, run_id: str | None = None) -> tuple[dict[str, Any], dict[str, Artifact]]:
+    """What a run recorded, and its artifacts, verified; None is the newest run. Raises RecipeError, StoreError."""
+    runs = store.runs()
+    if not runs:
+        raise RecipeError(
+            f"there is no run in {store.root}",
+            allowed="a run leaves its record there",
+            fix="make one: edgekd run digits",
+        )
+    if run_id is not None and run_id not in runs:
+        raise unknown("run", run_id, runs, noun="run", fix=f"see: ls {store.root / 'runs'}")
+    content = store.recorded(run_id or runs[-1])
+    artifacts = {}
+    for stage, key in content["artifacts"].items():
+        found = store.find(stage, key)
+        if found is None:
+            raise StoreError(
+                f"{store.root}: the artifact {stage}/{key[:12]} is gone",
+                allowed=f"the run {content['run_id']} needs it",
+                fix=f"make it again: {content['command']}",
+            )
+        artifacts[stage] = found
+    return content, artifacts
+
+
+def _record(job: Job, made: Mapping[str, Artifact]) -> dict[str, Any]:
+    return {
         "schema_version": 1,
         "run_id": job.run_id,
         "created": job.created,
@@ -211,34 +274,17 @@ def record(job: Job, made: Mapping[str, Artifact]) -> None:
         "target": job.target.model_dump(mode="json"),
         "artifacts": {name: artifact.key for name, artifact in made.items()},
     }
-    write_synced(job.store.run_folder(job.run_id) / "run.json", json.dumps(content, indent=1))
-
-
-def recorded(store: Store, run_id: str | None = None) -> tuple[dict[str, Any], dict[str, Artifact]]:
-    """What a run recorded, and its artifacts, verified; None is the newest run. Raises RecipeError, StoreError."""
-    runs = sorted(folder.parent.name for folder in (store.root / "runs").glob("*/run.json"))
-    if not runs:
-        raise RecipeError(f"there is no run in {store.root}", fix="make one: edgekd run digits")
-    if run_id is not None and run_id not in runs:
-        raise unknown("run", run_id, runs, noun="run", fix=f"see: ls {store.root / 'runs'}")
-    content = json.loads((store.root / "runs" / (run_id or runs[-1]) / "run.json").read_text(encoding="utf-8"))
-    artifacts = {}
-    for stage, key in content["artifacts"].items():
-        found = store.find(stage, key)
-        if found is None:
-            raise StoreError(f"the artifact {stage}/{key[:12]} of run {content['run_id']} is gone", fix="run it again")
-        artifacts[stage] = found
-    return content, artifacts
 
 
 def _key(job: Job, stage: Stage, inputs: Inputs) -> str:
-    digests = {name: artifact.digest for name, artifact in inputs.items()}
-    return key_of(stage.name, stage.version, stage.spec(job), digests, {"data": job.fingerprint})
+    digests = {"data": job.fingerprint, **{name: artifact.digest for name, artifact in inputs.items()}}
+    return key_of(stage.name, stage.version, stage.spec(job), digests)
 
 
 def _make(job: Job, stage: Stage, key: str, inputs: Inputs) -> Artifact:
     started = time.monotonic()
     work = job.store.work(key)
+    _log.info("%s: %s, scratch in %s", stage.name, json.dumps(stage.spec(job), default=str), work)
     artifact = job.store.publish(
         stage.name,
         key,
@@ -246,6 +292,7 @@ def _make(job: Job, stage: Stage, key: str, inputs: Inputs) -> Artifact:
         about=lambda: {**_about(job, stage, inputs), "seconds": round(time.monotonic() - started, 3)},
     )
     job.store.clean_work(key)
+    _log.info("%s: published as %s", stage.name, artifact.folder)
     if stage.trains:
         _wait_for_all()
     return artifact
@@ -276,9 +323,6 @@ def _about(job: Job, stage: Stage, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-RECORDED = ("torch", "accelerate", "numpy", "onnx", "onnxscript", "onnxruntime")
-
-
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -286,7 +330,7 @@ def _version(package: str) -> str:
         return ""
 
 
-@functools.cache
+@cache
 def _git() -> str:
     """The commit of the user's project, so that a result can be found again; empty outside a checkout."""
     try:

@@ -37,24 +37,25 @@ class TeacherLogits:
         """float32 [N, K] for the training split as augmented in this epoch, on the training device."""
         epoch = epoch if self.changing else 0
         if epoch != self._epoch:
-            file = None if self.folder is None else self.folder / f"epoch_{epoch:04d}.npy"
-            logits = None if file is None else self._read(file)
-            if logits is None or not self._all_have(logits is not None):
-                logits = self._compute(epoch)
-                if file is not None and self.accelerator.is_main_process:
-                    _write(logits, file)
-            self._epoch, self._logits = epoch, logits.to(self.batches.device)
+            self._epoch, self._logits = epoch, self._table(epoch)
         return self._logits
 
-    def _read(self, file: Path) -> Tensor | None:
-        try:
-            logits = torch.from_numpy(np.load(file, allow_pickle=False))
-        except (OSError, ValueError, EOFError):  # absent, or cut short by a full disk
-            return None
-        return logits if logits.shape == self.shape else None
+    def _table(self, epoch: int) -> Tensor:
+        if self.folder is None:
+            return self._computed(epoch)
+        file = self.folder / f"epoch_{epoch:04d}.npy"
+        stored = _read(file, self.shape)
+        # All processes or none: computing is shared work, and another run may write the file just now.
+        have = self.accelerator.reduce(torch.tensor(float(stored is not None), device=self.batches.device), "mean")
+        if stored is not None and have == 1:
+            return stored.to(self.batches.device)
+        logits = self._computed(epoch)
+        if self.accelerator.is_main_process:
+            _write(logits, file)
+        return logits
 
     @torch.no_grad()
-    def _compute(self, epoch: int) -> Tensor:
+    def _computed(self, epoch: int) -> Tensor:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         logits, at = torch.zeros(self.shape, device=self.batches.device), 0
         for number, x in enumerate(self.batches.in_order(epoch)):
@@ -62,5 +63,26 @@ class TeacherLogits:
                 with self.accelerator.autocast():
                     logits[at : at + len(x)] = self.teacher(x)
             at += len(x)
-        summed: Tensor = self.accelerator.reduce(logits, "sum")  # the others' rows are zero
+        summed: Tensor = self.accelerator.reduce(logits, "sum")  # the rows of the others are zero
         return summed
+
+
+def is_changing(augment: Augment) -> bool:
+    """Whether a sample looks another way in every epoch."""
+    return bool(augment.crop or augment.flip)
+
+
+def _read(file: Path, shape: tuple[int, int]) -> Tensor | None:
+    try:
+        logits = torch.from_numpy(np.load(file, allow_pickle=False))
+    except (OSError, ValueError, EOFError):  # absent, or cut short by a full disk
+        return None
+    return logits if logits.shape == shape else None
+
+
+def _write(logits: Tensor, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    with partial.open("wb") as handle:
+        np.save(handle, logits.cpu().numpy())
+    partial.replace(file)
