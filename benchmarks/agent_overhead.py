@@ -1,8 +1,9 @@
 """How much the agent adds to a latency: its p50 over that of a plain onnxruntime loop on the same engine.
 
-    python benchmarks/agent_overhead.py MODEL.onnx [--pairs 10] [--seconds 2]
+    python benchmarks/agent_overhead.py [MODEL.onnx] [--pairs 10] [--seconds 2] [--report]
 
-The two are run in turns, each in a fresh process; prints the median of the ratios with its 95 % interval.
+The two are run in turns, each in a fresh process; prints the median of the ratios with its 95 % interval. Without a
+model, an untrained ResNet-20 for 32x32 images is measured: how long a network takes does not depend on its weights.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from results import write_section
 
-from edgekd import registry, stats
+from edgekd import networks, registry, stats
+from edgekd.data import Shape
 from edgekd.device import AGENT
+from edgekd.export import export
 
 PLAIN_LOOP = """
 import sys, time, numpy, onnxruntime
@@ -40,19 +44,36 @@ print(numpy.median(durations) / 1e6)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--report", action="store_true", help="write docs/results.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         board = Path(folder)
-        prepare(board, arguments.model, arguments.seconds)
+        prepare(board, arguments.model or resnet20(board), arguments.seconds)
         pairs = [(agent_p50(board), plain_p50(board, arguments.seconds)) for _ in range(arguments.pairs)]
     ratios = np.array(pairs)[:, 0] / np.array(pairs)[:, 1]
     for agent, plain in pairs:
         print(f"agent {agent:.5f} ms   plain loop {plain:.5f} ms   ratio {agent / plain:.4f}")
     value, (low, high) = stats.median_interval(ratios)
-    print(f"ratio {value:.4f}, 95 % interval {low:.4f} to {high:.4f}, {len(pairs)} pairs of {arguments.seconds:g} s")
+    found = f"ratio {value:.4f}, 95 % interval {low:.4f} to {high:.4f}, {len(pairs)} pairs of {arguments.seconds:g} s"
+    print(found)
+    if arguments.report:
+        name = arguments.model.name if arguments.model else "ResNet-20"
+        body = (
+            f"p50 of the agent over that of a plain loop, {name}: {found}.\n\nMade by `benchmarks/agent_overhead.py`."
+        )
+        write_section("agent_overhead", "What the agent adds to a latency", body)
+
+
+def resnet20(folder: Path) -> Path:
+    """An untrained ResNet-20 as ONNX."""
+    network = networks.build("resnet", {"depth": 20}, Shape(3, 32, 32), 10, ("relu", {}), seed=0)
+    model = folder / "resnet20.onnx"
+    example = np.zeros((1, 3, 32, 32), np.float32)
+    export(network.eval(), model, example=example, opset=20, dynamic_batch=False, form="step_sum", metadata={})
+    return model
 
 
 def prepare(board: Path, model: Path, seconds: float) -> None:

@@ -2,9 +2,9 @@
 
 Six 3x3 convolutions of 32 channels on a 32x32 map, each followed by the activation, batch 1, CPU. ONNX Runtime fuses
 the ReLU into the convolution, so the ratio charges LMA in full. The contenders take turns within a round; a ratio is
-taken per round, and its median, smallest and largest are given.
+taken per round, and its median, 10th and 90th percentile are given.
 
-    python benchmarks/lma_onnx.py [--k 4 8] [--rounds 30] [--threads 1] [--json]
+    python benchmarks/lma_onnx.py [--k 4 8] [--rounds 30] [--threads 1] [--json] [--report]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import onnxruntime
 import torch
+from results import percentile, table, write_section
 from torch import nn
 
 from edgekd import registry
@@ -70,7 +71,7 @@ def measure(ks: list[int], rounds: int, threads: int) -> list[dict[str, Any]]:
             ratios = [took[name] / took["relu"] for took in seconds]
             rows.append({
                 "k": k, "form": name, "exact_for": FORMS[name].exact_for if name in FORMS else "",
-                "ratio_to_relu": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
+                "ratio_to_relu": statistics.median(ratios), "ratio_p10": percentile(ratios, 10), "ratio_p90": percentile(ratios, 90),
                 "run_ms": 1e3 * statistics.median(took[name] for took in seconds),
             })  # fmt: skip
     return rows
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--report", action="store_true", help="write docs/results.md")
     asked = parser.parse_args()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     rows = measure(asked.k, asked.rounds, asked.threads)
@@ -98,8 +100,29 @@ def main() -> None:
         return
     print(f"ONNX Runtime {onnxruntime.__version__}, {asked.threads} thread(s), {asked.rounds} rounds")
     for row in rows:
-        ratio = f"{row['ratio_to_relu']:5.2f}  [{row['ratio_min']:.2f} {row['ratio_max']:.2f}]  {row['run_ms']:6.2f} ms"
+        ratio = f"{row['ratio_to_relu']:5.2f}  [{row['ratio_p10']:.2f} {row['ratio_p90']:.2f}]  {row['run_ms']:6.2f} ms"
         print(f"k={row['k']:<3} {row['form']:12} {row['exact_for']:11} {ratio}")
+    if asked.report:
+        write_section("lma_onnx", "What LMA costs in ONNX Runtime", report(rows, asked))
+
+
+def report(rows: list[dict[str, Any]], asked: argparse.Namespace) -> str:
+    cell = {(row["form"], row["k"]): row for row in rows}
+    lines = [
+        [
+            f"`{name}`", form.exact_for,
+            *(f"{cell[name, k]['ratio_to_relu']:.2f} ({cell[name, k]['ratio_p10']:.2f} to {cell[name, k]['ratio_p90']:.2f})"
+              for k in asked.k),
+        ]
+        for name, form in FORMS.items()
+    ]  # fmt: skip
+    return (
+        f"Six convolutions of {CHANNELS} channels at {SIZE}x{SIZE}, batch 1, {asked.threads} thread(s), ONNX Runtime"
+        f" {onnxruntime.__version__}: latency over the same network with ReLU, median of {asked.rounds} interleaved rounds"
+        " (10th to 90th percentile).\n\n"
+        + table(["form", "exact for", *(f"k = {k}" for k in asked.k)], lines)
+        + "\n\nMade by `benchmarks/lma_onnx.py`."
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
+
 RESULTS = Path(__file__).parent.parent / "docs" / "results.md"
 HEAD = "# Results\n\nMeasured, not typed: each section is written by the script that it names.\n"
 
@@ -24,3 +26,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table: the first column is text, the others are numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def percentile(values: list[float], q: float) -> float:
+    """The q-th percentile, as a plain number."""
+    return float(np.percentile(values, q))

@@ -12,8 +12,24 @@ import numpy.typing as npt
 from edgekd import stats
 from edgekd.artifact import Artifact
 from edgekd.report.document import (
-    RUNGS, AccuracyChange, Absent, Activation, Budget, Confusion, Document, Epoch, LadderRow, Latencies, Latency, Network, Rung,
-    Speedup, StageArtifact, Telemetry, Training, Verdict,
+    RUNGS,
+    Absent,
+    AccuracyChange,
+    Activation,
+    Budget,
+    Confusion,
+    Document,
+    Epoch,
+    LadderRow,
+    Latencies,
+    Latency,
+    Network,
+    Rung,
+    Speedup,
+    StageArtifact,
+    Telemetry,
+    Training,
+    Verdict,
 )  # fmt: skip
 
 Logits = npt.NDArray[np.float32]
@@ -21,9 +37,13 @@ Artifacts = Mapping[str, Artifact]
 NOT_BENCHED = Absent(reason="Not measured yet: edgekd bench.")
 # From which artifact each rung takes its accuracy, and where its size is to be seen.
 SOURCES: dict[Rung, str] = {
-    "teacher": "teacher", "scratch": "scratch", "student": "student", "onnx": "onnx-student", "engine": "engine-student",
+    "teacher": "teacher",
+    "scratch": "scratch",
+    "student": "student",
+    "onnx": "onnx-student",
+    "engine": "engine-student",
     "device": "bench",
-}  # fmt: skip
+}
 
 
 def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Document:
@@ -134,7 +154,7 @@ def _latencies(bench: Artifact | None) -> Latencies:
 
 
 def _latency(bench: Artifact, name: str) -> Latency:
-    """The samples file holds rows (launch, block, start_ns, duration_ns); time starts with the first of either model."""
+    """From a samples file, whose rows are launch, block, start_ns, duration_ns; time starts with the first of both."""
     found = bench.result["latency"]
     tables = {model: np.load(bench.file(found[model]["samples_file"]), allow_pickle=False) for model in found}
     first_ns = min(table[0, 2] for table in tables.values())
