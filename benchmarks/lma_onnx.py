@@ -19,7 +19,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from results import percentile, table, write_section
+from results import spread, summary, table, write_section
 from torch import nn
 
 from edgekd import registry
@@ -69,11 +69,9 @@ def measure(ks: list[int], rounds: int, threads: int) -> list[dict[str, Any]]:
         seconds = [{name: turn(ready, x) for name, ready in sessions.items()} for _ in range(rounds + 1)][1:]
         for name in sessions:
             ratios = [took[name] / took["relu"] for took in seconds]
-            rows.append({
-                "k": k, "form": name, "exact_for": FORMS[name].exact_for if name in FORMS else "",
-                "ratio_to_relu": statistics.median(ratios), "ratio_p10": percentile(ratios, 10), "ratio_p90": percentile(ratios, 90),
-                "run_ms": 1e3 * statistics.median(took[name] for took in seconds),
-            })  # fmt: skip
+            exact_for = FORMS[name].exact_for if name in FORMS else ""
+            run_ms = 1e3 * statistics.median(took[name] for took in seconds)
+            rows.append({"k": k, "form": name, "exact_for": exact_for, "run_ms": run_ms} | summary(ratios))
     return rows
 
 
@@ -100,26 +98,18 @@ def main() -> None:
         return
     print(f"ONNX Runtime {onnxruntime.__version__}, {asked.threads} thread(s), {asked.rounds} rounds")
     for row in rows:
-        ratio = f"{row['ratio_to_relu']:5.2f}  [{row['ratio_p10']:.2f} {row['ratio_p90']:.2f}]  {row['run_ms']:6.2f} ms"
-        print(f"k={row['k']:<3} {row['form']:12} {row['exact_for']:11} {ratio}")
+        print(f"k={row['k']:<3} {row['form']:12} {row['exact_for']:11} {spread(row)}  {row['run_ms']:6.2f} ms")
     if asked.report:
         write_section("lma_onnx", "What LMA costs in ONNX Runtime", report(rows, asked))
 
 
 def report(rows: list[dict[str, Any]], asked: argparse.Namespace) -> str:
-    cell = {(row["form"], row["k"]): row for row in rows}
-    lines = [
-        [
-            f"`{name}`", form.exact_for,
-            *(f"{cell[name, k]['ratio_to_relu']:.2f} ({cell[name, k]['ratio_p10']:.2f} to {cell[name, k]['ratio_p90']:.2f})"
-              for k in asked.k),
-        ]
-        for name, form in FORMS.items()
-    ]  # fmt: skip
+    cell = {(row["form"], row["k"]): spread(row) for row in rows}
+    lines = [[f"`{name}`", form.exact_for, *(cell[name, k] for k in asked.k)] for name, form in FORMS.items()]
     return (
         f"Six convolutions of {CHANNELS} channels at {SIZE}x{SIZE}, batch 1, {asked.threads} thread(s), ONNX Runtime"
-        f" {onnxruntime.__version__}: latency over the same network with ReLU, median of {asked.rounds} interleaved rounds"
-        " (10th to 90th percentile).\n\n"
+        f" {onnxruntime.__version__}: latency over the same network with ReLU, median of {asked.rounds}"
+        " interleaved rounds (10th to 90th percentile).\n\n"
         + table(["form", "exact for", *(f"k = {k}" for k in asked.k)], lines)
         + "\n\nMade by `benchmarks/lma_onnx.py`."
     )

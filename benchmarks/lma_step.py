@@ -2,9 +2,9 @@
 
 Student 3 of the LMA paper on random 32x32 images: forward, loss, backward, SGD step. The contenders take turns within
 a round, so that a busy machine slows them all; a ratio is taken per round, and its median, 10th and 90th percentile
-are given. "lma" is what edgekd trains with; the rows after "lma continuous" are other ways to compute the same function.
+are given. "lma" is what edgekd trains with; the rows after "lma continuous" are other ways to compute the same.
 
-    python benchmarks/lma_step.py [--batch 64] [--rounds 15] [--threads 1] [--device cpu] [--compiled] [--json] [--report]
+    python benchmarks/lma_step.py [--batch 64] [--rounds 15] [--threads 1] [--device cpu] [--compiled] [--report]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-from results import percentile, table, write_section
+from results import spread, summary, table, write_section
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -108,10 +108,7 @@ def measure(batch: int, rounds: int, device: str, compiled: bool) -> dict[str, d
     rows = {}
     for name in turns:
         ratios = [took[name] / took["relu"] for took in seconds]
-        rows[name] = {
-            "ratio_to_relu": statistics.median(ratios), "ratio_p10": percentile(ratios, 10), "ratio_p90": percentile(ratios, 90),
-            "step_ms": 1e3 * statistics.median(took[name] for took in seconds),
-        }  # fmt: skip
+        rows[name] = summary(ratios) | {"step_ms": 1e3 * statistics.median(took[name] for took in seconds)}
     return rows
 
 
@@ -133,15 +130,9 @@ def main() -> None:
     about = f"student 3, batch {asked.batch}, {asked.device}, {asked.threads} thread(s), {asked.rounds} rounds"
     print(about)
     for name, row in rows.items():
-        print(
-            f"{name:36} {row['ratio_to_relu']:5.2f}  [{row['ratio_p10']:.2f} {row['ratio_p90']:.2f}]  {row['step_ms']:7.1f} ms"
-        )
+        print(f"{name:36} {spread(row)}  {row['step_ms']:7.1f} ms")
     if asked.report:
-        lines = [
-            [name, f"{row['ratio_to_relu']:.2f}", f"{row['ratio_p10']:.2f} to {row['ratio_p90']:.2f}"]
-            for name, row in rows.items()
-        ]
-        body = table(["activation", "ratio to ReLU", "10th to 90th percentile"], lines)
+        body = table(["activation", "ratio to ReLU"], [[name, spread(row)] for name, row in rows.items()])
         body = f"Wall time of a whole training step; {about}, in turns.\n\n{body}\n\nMade by `benchmarks/lma_step.py`."
         write_section("lma_step", "What a training step costs", body)
 

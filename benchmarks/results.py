@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def percentile(values: list[float], q: float) -> float:
-    """The q-th percentile, as a plain number."""
-    return float(np.percentile(values, q))
+def summary(ratios: list[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile of the rounds' ratios, ready for JSON."""
+    return {name: float(np.percentile(ratios, q)) for name, q in (("ratio", 50), ("ratio_p10", 10), ("ratio_p90", 90))}
+
+
+def spread(row: dict[str, Any]) -> str:
+    """`1.07 (1.02 to 1.12)` of a row that holds a summary."""
+    return f"{row['ratio']:.2f} ({row['ratio_p10']:.2f} to {row['ratio_p90']:.2f})"
