@@ -85,7 +85,11 @@ def benchmark(
         measured = _fetch(job, engines, workdir)
     tables = {name: table_from_latencies(workdir / f"{name}_latency.npy", name) for name in engines}
     if [len(_rounds(table)) for table in tables.values()] != [len(_rounds(tables["student"]))] * len(tables):
-        raise StageError(f'benchmark on "{device.url}": student and teacher were not timed in the same rounds')
+        raise StageError(
+            f'benchmark on "{device.url}": student and teacher were not timed in the same rounds',
+            allowed="each round times both",
+            fix="measure again: edgekd bench",
+        )
     correct = {name: correct_from_logits(workdir / f"{name}_logits.npy", labels, name) for name in engines}
     return summarize(measured, tables, correct) | {"settings": settings, "argv": argv, "url": device.url}
 
@@ -303,7 +307,11 @@ def table_from_latencies(path: Path, name: str) -> npt.NDArray[np.int64]:
     """The rows (launch, block, start_ns, duration_ns) in a file. Raises StageError when it holds something else."""
     table = _array(path)
     if table.ndim != 2 or table.shape[1] != 4 or table.dtype != np.int64 or (table[:, 3] <= 0).any():
-        raise StageError(f"{path.name} does not hold the latencies of the {name}: {table.dtype} {list(table.shape)}")
+        raise StageError(
+            f"{path.name} does not hold the latencies of the {name}: {table.dtype} {list(table.shape)}",
+            allowed="expected: int64 [N, 4], durations above 0",
+            fix="measure again: edgekd bench",
+        )
     return table
 
 
@@ -311,11 +319,15 @@ def correct_from_logits(path: Path, labels: npt.NDArray[np.int64], name: str) ->
     """Which samples the logits [N, K] in a file get right, bool [N]. Raises StageError when they cannot be scored."""
     logits = _array(path)
     if logits.ndim != 2 or len(logits) != len(labels):
-        raise StageError(f"the {name} gave logits {list(logits.shape)} for {len(labels)} samples")
+        raise StageError(
+            f"the {name} gave logits {list(logits.shape)} for {len(labels)} samples",
+            allowed=f"expected: [{len(labels)}, K]",
+            fix="see whether the engine runs by itself, and measure again",
+        )
     finite = np.isfinite(logits).all(axis=1)
     if not finite.all():
         what = f"the {name}'s logits are not finite, first for sample {int(finite.argmin())}"
-        raise StageError(what, fix="check the export and the precision")
+        raise StageError(what, allowed="expected: finite numbers", fix="check the export and the precision")
     return np.asarray(logits.argmax(axis=1) == labels)
 
 
@@ -325,4 +337,6 @@ def _array(path: Path) -> npt.NDArray[Any]:
         array: npt.NDArray[Any] = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
         return array
     except (ValueError, OSError, EOFError) as error:
-        raise StageError(f"{path.name} from the device is no array: {error}", fix="measure again") from error
+        raise StageError(
+            f"{path.name} from the device is no array: {error}", allowed="expected: a .npy file", fix="measure again"
+        ) from error

@@ -6,14 +6,14 @@ import importlib.metadata
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from edgekd import __version__, recipe, registry, target
 from edgekd.device import Device
-from edgekd.errors import EdgekdError
+from edgekd.errors import EdgekdError, shown
+from edgekd.yamlfile import mapping_from_yaml
 
 # `edgekd list` speaks of many; the registry of one.
 REGISTERED = {f"{kind}s": kind for kind in registry.KINDS}
@@ -26,19 +26,23 @@ def rows(kind: str) -> list[dict[str, Any]]:
     """Everything of a kind: name, one-line summary, and options as {name: {type, default, required}}."""
     if kind in REGISTERED:
         return [_registered(entry) for entry in registry.entries(REGISTERED[kind])]
-    found = []
-    for file in sorted(FILES[kind]().glob("*.yaml")):
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        found.append({"name": file.stem, "summary": content.get("description", ""), "options": {}})
+    found: list[dict[str, Any]] = []
+    for file in sorted(FILES[kind]().glob("*.yaml"), key=lambda file: file.stem):
+        content, _ = mapping_from_yaml(file.read_text(encoding="utf-8"), str(file))
+        summary = f"{content['n']} images of {content['dataset']}" if kind == "calib" else content["description"]
+        found.append({"name": file.stem, "summary": summary, "options": {}})
     return found
 
 
 def options_text(row: dict[str, Any]) -> str:
-    """The options of a row of `rows` as a user writes them: `k=8 continuous=false path=REQUIRED`."""
+    """The options of a row of `rows` with their defaults: `k=8 continuous=false path=REQUIRED`."""
     texts = []
     for name, option in row["options"].items():
-        value = "REQUIRED" if option["required"] else yaml.safe_dump(option["default"], default_flow_style=True)
-        texts.append(f"{name}={value.removesuffix('...' + chr(10)).strip()}")
+        default = option["default"]
+        value = (
+            "REQUIRED" if option["required"] else default if isinstance(default, str) and default else shown(default)
+        )
+        texts.append(f"{name}={value}")
     return " ".join(texts)
 
 
@@ -70,7 +74,8 @@ def health(device: str, store: Path) -> list[dict[str, str]]:
             reason = f"{error.what}: {error.fix}"
         found.append(_row(f"backend {entry.name}", reason.partition(":")[0] or "ready", reason.partition(": ")[2]))
     found.append(_disk(store))
-    facts = Device(device, store / "work").facts()
+    with tempfile.TemporaryDirectory() as folder:
+        facts = Device(device, Path(folder)).facts()
     found += [_row(f"{device} {key}", _short(value)) for key, value in facts.items() if value not in (None, "", [], {})]
     return found
 

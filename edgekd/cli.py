@@ -6,50 +6,63 @@ Exit codes: 0 ok, 1 internal, 2 recipe or usage, 3 missing backend or device, 4 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
 import sys
-import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgekd import __version__
-from edgekd.errors import BudgetMissed, EdgekdError, RecipeError, ResultInvalid, unknown
+from edgekd.errors import BudgetMissed, EdgekdError, MissingError, RecipeError, ResultInvalid, unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from edgekd.artifact import Store
     from edgekd.report import Document
     from edgekd.stages import Job
     from edgekd.terminal import Terminal
 
 INTERRUPTED = 130
+# Typer brings its own copy of click's exceptions: what a command line can do wrong is their common ancestor.
+USAGE: type[typer.BadParameter] = typer.BadParameter.__mro__[2]  # type: ignore[assignment]
 
 app = typer.Typer(
-    name="edgekd", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    name="edgekd", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="From a big teacher network to a small student measured on your own board.",
 )  # fmt: skip
 
-RecipeArgument = Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A file, or a shipped recipe's name. Default: ./edgekd.yaml")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")]
+RecipeArgument = Annotated[
+    str | None, typer.Argument(metavar="[RECIPE]", help="A file, or a shipped recipe's name. Default: ./edgekd.yaml")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
+]
 TargetOption = Annotated[str, typer.Option("--target", "-t", help="Where the student must run: a name or a file.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", metavar="URL", help="The machine to measure on; default: the target's.")]
-StoreOption = Annotated[Path, typer.Option("--store", envvar="EDGEKD_STORE", help="Where artifacts and reports are kept.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", metavar="URL", help="The machine to measure on; default: the target's.")
+]
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="EDGEKD_STORE", help="Where artifacts and reports are kept.")
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show which stages would run.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print more, also the log of what is called.")]
-ColorOption = Annotated[bool, typer.Option("--color/--no-color", help="Colour on terminals; NO_COLOR is honoured.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print also what each stage reads, and Python's warnings.")
+]
+ColorOption = Annotated[bool, typer.Option("--no-color", help="Print no colour; the variable NO_COLOR does the same.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 STORE = Path(".edgekd")
+# What of the report's ladder fits on a terminal of 80 columns.
+LADDER_COLUMNS = ("Rung", "Top-1", "95% interval", "To teacher", "Size", "Params")
 KINDS = ("datasets", "networks", "activations", "methods", "backends", "transports", "targets", "recipes", "calib")
 
 
-def _stage_command(name: str, summary: str, *, device: bool) -> Callable[..., None]:
+def _stage_command(name: str, summary: str) -> None:
     """The commands that run stages differ only in the last one, so they are made alike."""
 
     def command(
@@ -62,11 +75,15 @@ def _stage_command(name: str, summary: str, *, device: bool) -> Callable[..., No
         json_: JsonOption = False,
         quiet: QuietOption = False,
         verbose: VerboseOption = False,
-        color: ColorOption = True,
+        no_color: ColorOption = False,
         debug: DebugOption = False,
     ) -> None:
-        terminal = _terminal(quiet, verbose, color)
-        job = _job(recipe, target, device, set_ or [], store, terminal)
+        if quiet and verbose:
+            raise RecipeError(
+                "--quiet and --verbose exclude each other", allowed="expected: at most one", fix="leave one out"
+            )
+        terminal = _terminal(no_color, verbosity=verbose - quiet)
+        job = _job(name, recipe, target, device, set_ or [], store, terminal)
         if dry_run:
             _show_plan(job, name, terminal, json_)
         else:
@@ -74,37 +91,38 @@ def _stage_command(name: str, summary: str, *, device: bool) -> Callable[..., No
 
     command.__doc__ = summary
     app.command(name)(command)
-    return command
 
 
-_stage_command("distill", "Train the teacher (or load it) and distill it into the student.", device=False)
-_stage_command("export", "Export student and teacher to ONNX, checked against torch.", device=False)
-_stage_command("compile", "Compile both for the target's backend.", device=False)
-_stage_command("bench", "Measure both on the device, interleaved, and write the report.", device=True)
-_stage_command("run", "Everything: from the teacher to a report of the student on the device.", device=True)
+_stage_command("distill", "Train the teacher (or load it) and distill it into the student.")
+_stage_command("export", "Export student and teacher to ONNX, checked against torch.")
+_stage_command("compile", "Compile both for the target's backend.")
+_stage_command("bench", "Measure both on the device, interleaved, and write the report.")
+_stage_command("run", "Everything: from the teacher to a report of the student on the device.")
 
 
 @app.command()
 def plan(
     recipe: RecipeArgument = None, target: TargetOption = "local", set_: SetOption = None, store: StoreOption = STORE,
-    json_: JsonOption = False, color: ColorOption = True, debug: DebugOption = False,
+    json_: JsonOption = False, no_color: ColorOption = False, debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Show which stages a run would make and which it would reuse."""
-    terminal = _terminal(False, False, color)
-    _show_plan(_job(recipe, target, None, set_ or [], store, terminal), "run", terminal, json_)
+    terminal = _terminal(no_color)
+    _show_plan(_job("run", recipe, target, None, set_ or [], store, terminal), "run", terminal, json_)
 
 
 @app.command()
 def report(
     run: Annotated[str | None, typer.Argument(help="A run's id. Default: the newest run.")] = None,
     open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
-    store: StoreOption = STORE, json_: JsonOption = False, color: ColorOption = True, debug: DebugOption = False,
+    store: StoreOption = STORE, json_: JsonOption = False, no_color: ColorOption = False, debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Write the report of a run again and print where it is."""
     from edgekd.artifact import Store
 
     document, path = _written(Store(store), run)
     if open_:
+        import webbrowser
+
         webbrowser.open(path.resolve().as_uri())
     print(document.to_json() if json_ else path)
 
@@ -120,7 +138,11 @@ def init(
     from edgekd.recipe import DEFAULT_FILE
 
     if DEFAULT_FILE.exists() and not force:
-        raise RecipeError(f"{DEFAULT_FILE} is there already", fix="edit it, or overwrite it: edgekd init --force")
+        raise RecipeError(
+            f"{DEFAULT_FILE} is there already",
+            allowed="it is not overwritten unasked",
+            fix="edit it, or: edgekd init --force",
+        )
     written = starter.write(Path.cwd(), data)
     print("\n".join(str(path) for path in written))
     print("next: edgekd run", file=sys.stderr)
@@ -129,21 +151,22 @@ def init(
 @app.command("list")
 def list_(
     kind: Annotated[str | None, typer.Argument(help=f"One of: {', '.join(KINDS)}.")] = None,
-    json_: JsonOption = False, color: ColorOption = True, debug: DebugOption = False,
+    json_: JsonOption = False, no_color: ColorOption = False, debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """List what there is: networks, activations, methods, backends, targets... with their options and defaults."""
     from edgekd import catalog
 
+    if f"{kind}s" in KINDS:
+        kind = f"{kind}s"
     if kind is not None and kind not in KINDS:
-        raise unknown("edgekd list", kind, KINDS, noun="kind", fix="edgekd list")
+        raise unknown("KIND", kind, KINDS, noun="kind of thing", fix="see all: edgekd list")
     listed = {name: catalog.rows(name) for name in ([kind] if kind else KINDS)}
     if json_:
         print(json.dumps(listed, indent=2, default=str))
         return
-    terminal = _terminal(False, False, color)
+    terminal = _terminal(no_color)
     for name, rows in listed.items():
-        terminal.table((name, "options", ""), [(row["name"], catalog.options_text(row), row["summary"]) for row in rows])
-        terminal.say("")
+        terminal.entries(name, [(row["name"], row["summary"], catalog.options_text(row)) for row in rows])
 
 
 @app.command()
@@ -157,7 +180,7 @@ def schema() -> None:
 @app.command()
 def doctor(
     device: Annotated[str, typer.Option("--device", metavar="URL", help="The machine to look at.")] = "local:",
-    store: StoreOption = STORE, json_: JsonOption = False, color: ColorOption = True, debug: DebugOption = False,
+    store: StoreOption = STORE, json_: JsonOption = False, no_color: ColorOption = False, debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Say what is there and what is missing, with the command that installs it."""
     from edgekd import catalog
@@ -166,52 +189,67 @@ def doctor(
     if json_:
         print(json.dumps(found, indent=2))
         return
-    terminal = _terminal(False, False, color)
-    terminal.table(("", "", "to mend it"), [(row["what"], row["found"], row["fix"]) for row in found])
+    _terminal(no_color).table(
+        ("what", "found", "to mend it"), [(row["what"], row["found"], row["fix"]) for row in found]
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: every error becomes three lines and an exit code, never a traceback."""
-    given = sys.argv[1:] if arguments is None else arguments
-    sys.exit(_exit_code(given))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a character
+    sys.exit(_exit_code(sys.argv[1:] if arguments is None else arguments))
 
 
 def _exit_code(arguments: list[str]) -> int:
-    import click
-
-    debug = "--debug" in arguments
     try:
-        result = app(arguments, standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        code = app(arguments, prog_name="edgekd", standalone_mode=False) or 0
+        sys.stdout.flush()
+        return int(code) if code != INTERRUPTED else _interrupted()
     except EdgekdError as error:
-        problem = error
-    except click.exceptions.Abort:
+        return _failed(error, arguments)
+    except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
-    except KeyboardInterrupt:
-        return _interrupted()
-    except click.exceptions.ClickException as error:
+    except USAGE as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "edgekd")
-        problem = RecipeError(f"{command}: {error.format_message().rstrip('.')}", fix=f"{command} --help")
-    except BrokenPipeError:
+        what = f"{command}: {error.format_message().rstrip('.')}"
+        misunderstood = "the command line is not understood"
+        return _failed(RecipeError(what, allowed=misunderstood, fix=f"see: {command} --help"), arguments)
+    except (BrokenPipeError, SystemExit):  # Typer exits on it: the reader has seen enough, as in edgekd list | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
         return 0
     except Exception as error:
-        if debug:
+        if "--debug" in arguments:
             raise
-        problem = EdgekdError(
-            f"internal: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            allowed="this is a fault of edgekd, not of yours",
-            fix="run it again with --debug, and report what it prints",
+        return _failed(_unexpected(error), arguments)
+
+
+def _unexpected(error: Exception) -> EdgekdError:
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("edgekd"):
+        return MissingError(
+            f"the Python package {error.name!r} is not installed",
+            allowed="training and export need more than the plain install",
+            fix="pip install 'edgekd[train]', and see: edgekd doctor",
         )
-    if debug:
+    return EdgekdError(
+        f"internal: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        allowed="this is a fault of edgekd, not of yours",
+        fix="run it again with --debug, and report what it prints",
+    )
+
+
+def _failed(error: EdgekdError, arguments: list[str]) -> int:
+    """Print an error; its exit code."""
+    if "--debug" in arguments:
         import traceback
 
-        traceback.print_exception(problem)
-    if "--json" in arguments:
-        print(json.dumps({"error": {"what": problem.position + problem.what, "allowed": problem.allowed, "fix": problem.fix},
-                          "exit_code": problem.exit_code}))  # fmt: skip
-    print(problem, file=sys.stderr)
-    return problem.exit_code
+        traceback.print_exception(error)
+    # A missed budget and a result that does not hold come after the report: that is the one document, and says so.
+    if "--json" in arguments and not isinstance(error, BudgetMissed | ResultInvalid):
+        parts = {"what": error.position + error.what, "allowed": error.allowed, "fix": error.fix}
+        print(json.dumps({"error": parts, "exit_code": error.exit_code}))
+    print(error, file=sys.stderr)
+    return error.exit_code
 
 
 def _interrupted() -> int:
@@ -220,19 +258,31 @@ def _interrupted() -> int:
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _edgekd(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         print(f"edgekd {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
-def _terminal(quiet: bool, verbose: bool, color: bool) -> Terminal:
-    from edgekd.terminal import NORMAL, QUIET, VERBOSE, Terminal
+def _terminal(no_color: bool, verbosity: int = 0) -> Terminal:
+    from edgekd.terminal import Terminal
 
-    return Terminal(QUIET if quiet else VERBOSE if verbose else NORMAL, color=color)
+    return Terminal(verbosity, color=not no_color)
 
 
-def _job(recipe: str | None, target: str, device: str | None, overrides: list[str], store: Path, terminal: Terminal) -> Job:
+def _job(
+    command: str,
+    recipe: str | None,
+    target: str,
+    device: str | None,
+    overrides: list[str],
+    store: Path,
+    terminal: Terminal,
+) -> Job:
     from datetime import UTC, datetime
 
     from edgekd import recipe as recipes
@@ -248,16 +298,16 @@ def _job(recipe: str | None, target: str, device: str | None, overrides: list[st
         store=Store(store),
         run_id=f"{now:%Y%m%d-%H%M%S}-{loaded.name}-{os.getpid()}",
         created=now.isoformat(timespec="seconds"),
-        command=_command(recipe, target, device, overrides),
+        command=_command(command, recipe, target, device, overrides),
         device=device or "",
         on_progress=terminal.on_progress,
     )
 
 
-def _command(recipe: str | None, target: str, device: str | None, overrides: list[str]) -> str:
+def _command(command: str, recipe: str | None, target: str, device: str | None, overrides: list[str]) -> str:
     """The line that reproduces a run."""
-    words = ["edgekd", "run", *([recipe] if recipe else []), "--target", target, *(["--device", device] if device else [])]
-    return shlex.join(words + [word for override in overrides for word in ("--set", override)])
+    given = [*([recipe] if recipe else []), "--target", target, *(["--device", device] if device else [])]
+    return shlex.join(["edgekd", command, *given, *(word for override in overrides for word in ("--set", override))])
 
 
 def _show_plan(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
@@ -274,8 +324,13 @@ def _show_plan(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
 def _run(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
     from edgekd import pipeline
 
-    with terminal.working():
-        pipeline.run(job, pipeline.LAST[command], terminal.on_stage)
+    try:
+        with terminal.working():
+            pipeline.run(job, pipeline.LAST[command], terminal.on_stage)
+    except EdgekdError as error:
+        if error.key:
+            job.recipe.origin.locate(error)
+        raise
     if not pipeline.is_main_process():
         return
     document, path = _written(job.store, job.run_id)
@@ -283,11 +338,11 @@ def _run(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
         print(document.to_json())
     else:
         _show(document, path, terminal)
-    if "bench" in pipeline.LAST[command]:
+    if pipeline.LAST[command] == "bench":
         _judge(document, path)
 
 
-def _written(store: Any, run_id: str | None) -> tuple[Document, Path]:
+def _written(store: Store, run_id: str | None) -> tuple[Document, Path]:
     from edgekd import pipeline
     from edgekd import report as reports
     from edgekd.report.assemble import document_from_run
@@ -301,7 +356,9 @@ def _show(document: Document, path: Path, terminal: Terminal) -> None:
     from edgekd.report import tables
 
     ladder = tables.ladder(document)
-    terminal.table(ladder.columns, [(*row.cells, row.reason) for row in ladder.rows])
+    shown = [ladder.columns.index(name) for name in LADDER_COLUMNS]
+    rows = [row.cells for row in ladder.rows if not row.reason]
+    terminal.table(LADDER_COLUMNS, [[cells[column] for column in shown] for cells in rows])
     terminal.say("")
     terminal.say(f"{document.verdict.status}: {tables.headline(document)}")
     terminal.say(str(path))
@@ -313,7 +370,7 @@ def _judge(document: Document, path: Path) -> None:
     if verdict.status == "INVALID":
         raise ResultInvalid(
             f"the measurement does not hold: {verdict.reasons[0]}",
-            allowed=f"{len(verdict.reasons)} reason(s), all in {path}",
+            allowed=f"reasons: {len(verdict.reasons)}, all in {path}",
             fix="quiet the machine and measure again: edgekd bench",
         )
     missed = [budget for budget in verdict.budgets if not budget.met]

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
-import pickle
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,22 +29,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import swa_utils
 
+from edgekd.checkpoint import read_checkpoint, write_checkpoint
 from edgekd.data import Dataset, Split
 from edgekd.data.batches import Batch, Batches, evaluation_batches
-from edgekd.errors import CheckpointError, MissingError, StageError
+from edgekd.errors import StageError
 from edgekd.learning_rate import learning_rate
 from edgekd.methods import Method, Step
 from edgekd.recipe import Augment, Train
 from edgekd.teacher_logits import TeacherLogits, is_changing
+from edgekd.training_log import TrainingLog
 
 CHECKPOINT = "checkpoint.pt"
-METRICS = "metrics.jsonl"
 # A kill costs about this much training, and writing checkpoints next to nothing.
 CHECKPOINT_SECONDS = 30.0
 # After this many updates the processes compare notes; at every one of them a GPU would have to wait for the answer.
 LOOK_EVERY = 20
-# Evaluation takes as many images at a time as have this many values: 8 million float32 are 32 MB.
-EVALUATION_VALUES, EVALUATION_BATCH = 8_000_000, 500
+# Images evaluated at a time: at most so many, and so many values; 8 million float32 are 32 MB, their maps some GB.
+EVALUATION_BATCH, EVALUATION_VALUES = 500, 8_000_000
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def train(
 def predict(network: nn.Module, split: Split, dataset: Dataset) -> np.ndarray:
     """The network's logits for a split, float32 [N, K], in its order. Leaves the network's mode as it was."""
     device = next(network.parameters()).device
-    size = max(1, min(EVALUATION_BATCH, EVALUATION_VALUES // split.images[0].size))
+    size = evaluation_batch(dataset)
     was_training = network.training
     network.eval()
     # Nothing is rounded to TF32: this is what the exported graph is compared with.
@@ -109,6 +108,12 @@ def predict(network: nn.Module, split: Split, dataset: Dataset) -> np.ndarray:
     return torch.cat(logits).numpy()
 
 
+def evaluation_batch(dataset: Dataset) -> int:
+    """How many images are evaluated at a time: many small ones, few large ones."""
+    shape = dataset.shape
+    return max(1, min(EVALUATION_BATCH, EVALUATION_VALUES // (shape.channels * shape.height * shape.width)))
+
+
 class _Learner(nn.Module):
     """Student and method as the one module that accelerate wraps: the processes average the gradients of both."""
 
@@ -116,11 +121,16 @@ class _Learner(nn.Module):
         super().__init__()
         self.student, self.method = student, method
 
-    def forward(self, batch: Batch, progress: float, teacher: Callable[[], Tensor] | None) -> dict[str, Tensor]:
-        """The terms of the loss by name, and `accuracy` on the batch."""
+    def forward(
+        self, batch: Batch, progress: float, teacher: Callable[[], Tensor] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and what is logged of it."""
         step = Step(batch.x, batch.y, progress=progress, student=self.student, teacher=teacher)
         terms: dict[str, Tensor] = self.method(step)
-        return {**terms, "accuracy": (step.student_logits.detach().argmax(1) == batch.y).float().mean()}
+        loss = torch.stack(list(terms.values())).sum()
+        accuracy = (step.student_logits.argmax(1) == batch.y).float().mean()
+        logged = {"loss": loss, "accuracy": accuracy, **{f"loss_{name}": term for name, term in terms.items()}}
+        return loss, {name: value.detach() for name, value in logged.items()}
 
 
 class _Run:
@@ -132,22 +142,21 @@ class _Run:
     ) -> None:  # fmt: skip
         AcceleratorState._reset_state(reset_partial_state=False)  # teacher and student may differ in precision
         self.accelerator = accelerate.Accelerator(mixed_precision="no" if spec.precision == "fp32" else spec.precision)
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.network, self.dataset, self.spec, self.seed, self.work = network, dataset, spec, seed, work
-        self.device = self.accelerator.device
         self.batches = Batches(
             dataset.train, dataset, batch_size=spec.batch_size, augment=augment, seed=seed, device=self.device,
-            rank=self.rank, world=self.world, channels_last=spec.channels_last,
+            rank=self.rank, world=self.accelerator.num_processes, channels_last=spec.channels_last,
         )  # fmt: skip
-        _check_batch_norm(network, min(spec.batch_size, len(dataset.train) // self.world))
         self.total = spec.epochs * len(self.batches)
-        self.updates = -(-len(self.batches) // spec.accumulate)  # an epoch
+        self.updates = math.ceil(len(self.batches) / spec.accumulate)  # in an epoch
+        _check_batch_norm(network, min(spec.batch_size, len(dataset.train) // self.accelerator.num_processes))
         network.to(self.device)
         if spec.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = _moving_average(network, spec.ema) if spec.ema else None
         self.teacher = None if teacher is None else teacher.to(self.device).requires_grad_(False)
-        self.logits: TeacherLogits | None = None
+        self.logits = None
         if self.teacher is not None and (logits_cache is not None or not is_changing(augment)):
             self.logits = TeacherLogits(self.teacher, dataset, self.batches, augment, self.accelerator, logits_cache)
         _seed_random(self.device, "method", seed)
@@ -155,15 +164,15 @@ class _Run:
         self.method = method.to(self.device)
         learner = _Learner(torch.compile(network) if spec.compile else network, method)  # type: ignore[arg-type]
         self.model = self.accelerator.prepare(learner).train()
-        self.optimizer = _optimizer(learner, spec)
         if self.teacher is not None:
             self.teacher.eval()
+        self.optimizer = _optimizer(learner, spec)
         self.epoch, self.position = 0, 0
         self.history: list[dict[str, float]] = []
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
         self.sums: dict[str, Tensor] = {}
         self.saved_at = self.epoch_started = time.monotonic()
-        self.board: Any = None
+        self.log: TrainingLog | None = None
 
     @property
     def done(self) -> int:
@@ -172,26 +181,27 @@ class _Run:
 
     def step(self, batch: Batch) -> None:
         """One batch forward and back; the weights move when `accumulate` batches are together or the epoch ends."""
-        accumulate = self.spec.accumulate
-        first = self.position - self.position % accumulate
-        together = min(accumulate, len(self.batches) - first)
-        moves = self.position == first + together - 1
+        update, number = divmod(self.position, self.spec.accumulate)
+        together = min(self.spec.accumulate, len(self.batches) - update * self.spec.accumulate)
+        moves = number == together - 1
         teacher = None if self.teacher is None else lambda: self._teacher_logits(batch)
         _seed_random(self.device, "step", self.seed, self.rank, self.done)
         with contextlib.nullcontext() if moves else self.accelerator.no_sync(self.model):
-            terms = self.model(batch, self.done / self.total, teacher)
-            accuracy = terms.pop("accuracy")
-            loss = torch.stack(list(terms.values())).sum()
+            loss, logged = self.model(batch, self.done / self.total, teacher)
             self.accelerator.backward(loss / together)
-        self._account(loss, accuracy, terms)
-        if moves:
-            self._move(self.epoch * self.updates + self.position // accumulate)
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in logged.items()}
         self.position += 1
-        if moves and self.position // accumulate % LOOK_EVERY == 0:
-            self._look()
+        if moves:
+            self._move(self.epoch * self.updates + update)
+            if (update + 1) % LOOK_EVERY == 0:
+                self._look()
+
+    def _teacher_logits(self, batch: Batch) -> Tensor:
+        assert self.teacher is not None
+        logits: Tensor = self.teacher(batch.x) if self.logits is None else self.logits.of(self.epoch)[batch.index]
+        return logits
 
     def _move(self, update: int) -> None:
-        """One update of the weights, counted from 0."""
         if self.spec.clip:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.spec.clip)
         accuracies = [metrics["val_accuracy"] for metrics in self.history]
@@ -202,20 +212,136 @@ class _Run:
         if self.ema is not None:
             self.ema.update_parameters(self.network)
 
-    def _teacher_logits(self, batch: Batch) -> Tensor:
-        if self.logits is not None:
-            return self.logits.of(self.epoch)[batch.index]
-        assert self.teacher is not None
-        logits: Tensor = self.teacher(batch.x)
-        return logits
-
-    def _account(self, loss: Tensor, accuracy: Tensor, terms: Mapping[str, Tensor]) -> None:
-        names = ["loss", "accuracy", *(f"loss_{name}" for name in terms)]
-        values = torch.stack([loss, accuracy, *terms.values()]).detach()
-        ...
-
     def _look(self) -> None:
-        """Now and then, all processes together: stop when the loss is not finite, save when it is time."""
+        """All processes together: stop when the loss is not finite, save when it is time."""
+        self.sums = self.accelerator.reduce(self.sums, "mean")
+        wrong = [f"{name} is {float(value)}" for name, value in self.sums.items() if not value.isfinite()]
+        if wrong:
+            raise self._diverged(", ".join(wrong))
+        if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+            self._save()
 
     def end_epoch(self) -> None:
         """Validate, remember the best weights, log, and save."""
+        self._look()
+        network = self._evaluated()
+        accuracy, loss = self._validate(network)
+        metrics = {
+            "epoch": self.epoch + 1,
+            **{f"train_{name}": float(value) / len(self.batches) for name, value in self.sums.items()},
+            "val_accuracy": accuracy,
+            "val_loss": loss,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(time.monotonic() - self.epoch_started, 3),
+        }
+        self.history.append(metrics)
+        self.epoch, self.position, self.sums, self.epoch_started = self.epoch + 1, 0, {}, time.monotonic()
+        if self.spec.keep == "best" and (self.best is None or accuracy >= self.best[0]):
+            self.best = accuracy, self.epoch, {name: value.clone() for name, value in network.state_dict().items()}
+        if self.log is not None:
+            self.log.add(metrics)
+        if self.epoch == self.spec.epochs or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+            self._save()
+
+    def _evaluated(self) -> nn.Module:
+        """What is validated and kept: the network, or the moving average of its weights."""
+        network: nn.Module = self.network if self.ema is None else self.ema.module
+        for buffer in network.buffers():
+            accelerate.utils.broadcast(buffer)  # each process has its own statistics of batch normalisation
+        return network
+
+    def _validate(self, network: nn.Module) -> tuple[float, float]:
+        """Accuracy and mean cross-entropy on the validation split, which the processes share out."""
+        share = self.dataset.val[np.arange(self.rank, len(self.dataset.val), self.accelerator.num_processes)]
+        sums = torch.zeros(2)
+        if len(share):
+            logits, labels = torch.from_numpy(predict(network, share, self.dataset)), torch.from_numpy(share.labels)
+            sums = torch.stack([(logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")])
+        right, loss = self.accelerator.reduce(sums.to(self.device), "sum").tolist()
+        if not math.isfinite(loss):
+            raise self._diverged(f"val_loss is {loss}")
+        return right / len(self.dataset.val), loss / len(self.dataset.val)
+
+    def _diverged(self, what: str) -> StageError:
+        saved = (self.work / CHECKPOINT).exists()
+        return StageError(
+            f"the loss is not finite by step {self.done} of {self.total} (epoch {self.epoch + 1}): {what}",
+            allowed=f"the last good checkpoint stays in {self.work}"
+            if saved
+            else "no checkpoint was written before it",
+            fix="lower train.lr, set train.clip=1, or look for extreme values in the data",
+        )
+
+    def finish(self) -> Trained:
+        """Give the network the weights that were kept."""
+        if self.best is not None:
+            self.network.load_state_dict(self.best[2])
+        elif self.ema is not None:
+            self.network.load_state_dict(self.ema.module.state_dict())
+        self.network.eval()
+        if self.log is not None:
+            self.log.close()
+        return Trained(self.history, self.best[1] if self.best is not None else self.epoch)
+
+    def _save(self) -> None:
+        self.saved_at = time.monotonic()
+        weights = self.network.state_dict()
+        # The loss may still be finite when the weights no longer are: the old checkpoint is the last good one then.
+        if not self.accelerator.is_main_process or not all(value.isfinite().all() for value in weights.values()):
+            return
+        state = {
+            "epoch": self.epoch, "position": self.position, "seconds": time.monotonic() - self.epoch_started,
+            "history": self.history, "best": self.best, "sums": self.sums, "network": weights,
+            "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }  # fmt: skip
+        write_checkpoint(state, self.work / CHECKPOINT)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint in `work`, if there is one."""
+        file = self.work / CHECKPOINT
+        if file.exists():
+            self._restore(read_checkpoint(file, self.device))
+        if self.accelerator.is_main_process:
+            self.log = TrainingLog(self.work, self.history, tensorboard=self.spec.tensorboard)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.epoch, self.position, self.history = state["epoch"], state["position"], state["history"]
+        self.best, self.sums = state["best"], state["sums"]
+        self.epoch_started -= state["seconds"]
+
+
+def _moving_average(network: nn.Module, decay: float) -> swa_utils.AveragedModel:
+    return swa_utils.AveragedModel(network, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _optimizer(learner: nn.Module, spec: Train) -> torch.optim.Optimizer:
+    """One kernel for all parameters: the loop over them in Python costs several times as much on a small network."""
+    if spec.optimizer == "adamw":
+        return torch.optim.AdamW(learner.parameters(), lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
+    return torch.optim.SGD(
+        learner.parameters(), lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov and spec.momentum > 0,
+        weight_decay=spec.weight_decay, fused=True,
+    )  # fmt: skip
+
+
+def _seed_random(device: torch.device, *position: object) -> None:
+    """Set torch's random state, of dropout say, by what it may depend on."""
+    number = int.from_bytes(hashlib.sha256(repr(position).encode()).digest()[:8], "little", signed=True)
+    torch.default_generator.manual_seed(number)  # not torch.manual_seed: it asks for every kind of device, in 0.15 ms
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number)
+
+
+def _check_batch_norm(network: nn.Module, batch_size: int) -> None:
+    if batch_size == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        raise StageError(
+            "the network has batch normalisation, which learns nothing from a batch of one sample",
+            allowed="expected: at least 2 samples a step and process",
+            fix="raise train.batch_size, or give more training samples",
+        )

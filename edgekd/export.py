@@ -1,4 +1,4 @@
-"""From torch to ONNX: one graph for every target, and the proof that it computes what torch computes."""
+"""From torch to ONNX: one graph for every target."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +18,13 @@ import onnx
 import torch
 from torch import nn
 
-from edgekd import activations
+from edgekd import __version__, activations
 from edgekd.errors import ExportError
 
-Array = npt.NDArray[Any]
+Array = npt.NDArray[np.float32]
 
-
-@dataclass(frozen=True)
-class Parity:
-    """How the exported graph compares with torch on the same samples."""
-
-    samples: int
-    max_abs_error: float
-    top1_agreement: float
-    worst_sample: int
-    worst_torch: list[float]
-    worst_onnx: list[float]
-
-    def check(self, tolerance: float, what: str) -> None:
-        """Raises ExportError with the worst sample's numbers when a logit is off by more than `tolerance`."""
-        if self.max_abs_error <= tolerance:  # written so that NaN fails
-            return
-        raise ExportError(
-            f"{what} differs from torch by {self.max_abs_error:.3g} at sample {self.worst_sample}"
-            f" (top-1 agreement {self.top1_agreement:.2%} of {self.samples})",
-            allowed=f"tolerance {tolerance:g}; torch {_row(self.worst_torch)}, ONNX {_row(self.worst_onnx)}",
-            fix="try another export.form, or raise export.tolerance if the agreement is good enough for you",
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+INPUT, OUTPUT = "images", "logits"
+_log = logging.getLogger(__name__)
 
 
 def export(
@@ -61,32 +37,16 @@ def export(
     form: str,
     metadata: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write `network` to `path` as ONNX and return what is in it: opset, operators, size.
+    """Write `network` to `path` as ONNX and return what is in it: opset, form, operators, size.
 
     example: float32 [1, C, H, W]. form: the ONNX form of its multi-segment activations. metadata: put into the model,
-    values as JSON. Batch normalisation is folded into the convolutions. Raises ExportError.
+    values that are no strings as JSON. Batch normalisation is folded into the convolution or linear layer before it.
+    Raises ExportError when torch cannot export the network, or only for one batch size where any is asked for.
     """
-    ready = activations.frozen(network, form).cpu().eval()
-    x = torch.from_numpy(example)
-    # A batch of one would be taken for a constant: the exporter needs two to see that it may vary.
-    sample = torch.cat([x, x]) if dynamic_batch else x
-    shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},) if dynamic_batch else None
-    with _quiet():
-        try:
-            program = torch.onnx.export(
-                ready, (sample,), dynamo=True, opset_version=opset, dynamic_shapes=shapes, input_names=["images"],
-                output_names=["logits"], verbose=False,
-            )  # fmt: skip
-        except Exception as error:
-            raise ExportError(
-                f"torch cannot export the network: {str(error).strip().splitlines()[0][:200]}",
-                allowed="the network must be traceable by torch.export",
-                fix="run with --debug for the exporter's whole report",
-            ) from error
-    assert program is not None
-    model = program.model_proto
+    model = _traced(activations.frozen(network, form).cpu().eval(), torch.from_numpy(example), opset, dynamic_batch)
     activations.add_function(model)
     _strip(model)
+    model.producer_name, model.producer_version = "edgekd", __version__
     for name, value in metadata.items():
         model.metadata_props.add(key=name, value=value if isinstance(value, str) else json.dumps(value))
     onnx.checker.check_model(model, full_check=True)
@@ -99,53 +59,67 @@ def export(
     }
 
 
-def _strip(model: onnx.ModelProto) -> None:
-    """Drop the exporter's notes on every node: stack traces with paths of this machine, most of a small model's bytes."""
-    graph = model.graph
-    for described in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        del described.metadata_props[:]
-        described.doc_string = ""
-
-
 def operators(model: onnx.ModelProto) -> dict[str, int]:
-    """How often each operator stands in a model, local functions included; names carry their domain unless standard."""
+    """How often each operator stands in the graph, those of other domains as `domain.operator`."""
     count: collections.Counter[str] = collections.Counter()
     for nodes in (model.graph.node, *(function.node for function in model.functions)):
         count.update(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in nodes)
     return dict(sorted(count.items()))
 
 
-def parity(expected: Array, got: Array) -> Parity:
-    """Compare the logits of torch and of the graph for the same samples, float32 [N, K] each."""
-    if got.shape != expected.shape:
-        raise ExportError(f"the graph returns {list(got.shape)}, torch {list(expected.shape)}", fix="run with --debug")
-    error = np.abs(got.astype(np.float64) - expected).max(axis=1)
-    worst = int(np.argmax(np.where(np.isnan(error), np.inf, error)))
-    return Parity(
-        samples=len(expected),
-        max_abs_error=float(error[worst]),
-        top1_agreement=float((got.argmax(1) == expected.argmax(1)).mean()),
-        worst_sample=worst,
-        worst_torch=[float(v) for v in expected[worst]],
-        worst_onnx=[float(v) for v in got[worst]],
-    )
+def _traced(network: nn.Module, x: torch.Tensor, opset: int, dynamic_batch: bool) -> onnx.ModelProto:
+    # A batch of one would be taken for a constant: the exporter needs two to see that it may vary.
+    sample = torch.cat([x, x]) if dynamic_batch else x
+    shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},) if dynamic_batch else None
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                network, (sample,), dynamo=True, opset_version=opset, dynamic_shapes=shapes, input_names=[INPUT],
+                output_names=[OUTPUT], verbose=False,
+            )  # fmt: skip
+    except Exception as error:
+        raise ExportError(
+            f"torch cannot export the network: {_reason(error)}",
+            allowed="needed: a forward that torch.export can trace, of operators that ONNX has",
+            fix="change the network's forward; the exporter's whole report: run with --debug",
+        ) from error
+    assert program is not None
+    model = program.model_proto
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0]
+    if dynamic_batch and not batch.dim_param:
+        raise ExportError(
+            "the network can be exported for one batch size only",
+            allowed="its forward fixes the batch size, for example by reshape(2, -1)",
+            fix="set export.batch = static, or write x.flatten(1) and x.shape[0] in its forward",
+        )
+    return model
 
 
-def _row(logits: list[float]) -> str:
-    return "[" + " ".join(f"{value:.4g}" for value in logits[:10]) + (" ...]" if len(logits) > 10 else "]")
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom: the exporter wraps it in advice on how to debug itself."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Drop the exporter's notes on every node: stack traces with paths of this machine, most of a small file."""
+    graph = model.graph
+    for described in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del described.metadata_props[:]
+        described.doc_string = ""
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter talks on stdout and warns of its own deprecations; neither is for our user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
+    """The exporter prints, logs and warns of its own deprecations; none of it is for the user, unless asked for."""
+    said, disabled = io.StringIO(), logging.root.manager.disable
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        logging.disable(logging.ERROR)
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
+        for line in said.getvalue().splitlines():
+            _log.info("exporter: %s", line)

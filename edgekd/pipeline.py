@@ -24,7 +24,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd import __version__, stages
+from edgekd import __version__, registry, stages
 from edgekd.artifact import Artifact, Store, key_of, sha256_of
 from edgekd.device import Device
 from edgekd.errors import CheckpointError, RecipeError, StoreError, shown, unknown
@@ -181,14 +181,16 @@ def plan(job: Job, last: str) -> list[Planned]:
     return list(found.values())
 
 
-def check(job: Job, stages: Collection[str]) -> None:
-    """Find what would fail late in these stages before anything is trained: method, networks, backend."""
-    if any(stage.startswith("engine-") for stage in stages):
+def check(job: Job, to_make: Collection[str]) -> None:
+    """Find what would fail late in the stages `to_make` before anything is trained: method, networks, backend."""
+    if any(stage.startswith("onnx-") for stage in to_make):
+        registry.create("backend", "onnxruntime").require()  # the judge of what an ONNX file computes
+    if any(stage.startswith("engine-") for stage in to_make):
         job.backend.require()
-    if "student" in stages:
+    if "student" in to_make:
         job.method()
     for subject in SUBJECTS:
-        if subject in stages:
+        if subject in to_make:
             job.build(subject)
 
 
@@ -220,9 +222,8 @@ def _obtained(job: Job, stage: Stage, inputs: Inputs, tell: Callable[[What], Non
     elif is_main_process():
         with job.store.locked(key, on_wait=lambda: tell("wait")):
             artifact = job.store.find(stage.name, key)  # made by another run while this one waited
-            if artifact is None:
-                tell("run")
-                artifact = _make(job, stage, key, inputs)
+            tell("reuse" if artifact else "run")
+            artifact = artifact or _make(job, stage, key, inputs)
     else:
         _take_part(job, stage, key, inputs)
         artifact = job.store.find(stage.name, key)

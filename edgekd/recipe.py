@@ -15,7 +15,7 @@ import pydantic
 from pydantic import Field, PrivateAttr
 
 from edgekd import registry
-from edgekd.errors import RecipeError, unknown, unknown_key
+from edgekd.errors import RecipeError, shown, unknown, unknown_key
 from edgekd.registry import Location
 from edgekd.yamlfile import Origin, mapping_from_yaml, value_from_yaml
 
@@ -162,7 +162,9 @@ class Benchmark(Section):
 
     mode: Literal["single_stream"] = "single_stream"
     seconds: Annotated[float, Field(gt=0)] = Field(10.0, description="measuring time, both models together")
-    launches: Annotated[int, Field(ge=6)] = Field(9, description="fresh processes that share the time: each gives a ratio")
+    launches: Annotated[int, Field(ge=6)] = Field(
+        9, description="fresh processes that share the time: each gives a ratio"
+    )
     accuracy_samples: Positive | None = Field(None, description="test images for accuracy on the device; null: all")
 
 
@@ -304,46 +306,34 @@ def json_schema() -> dict[str, Any]:
         definition = schema["$defs"][section.capitalize()]
         definition["additionalProperties"] = True
         own = definition["properties"]
+        default = own[key].get("default")
         names = {"enum": registry.names(kind)}
-        foreign = {"pattern": ":"}  # a network of somebody else's, whose options are its own affair
-        own[key] |= {"anyOf": [names, foreign]} if kind == "network" else names
+        # A network with a colon is somebody else's: its options are its own affair.
+        own[key] |= {"anyOf": [names, {"pattern": ":"}]} if kind == "network" else names
         definition["allOf"] = [
             {
-                "if": {
-                    "properties": {key: {"const": entry.name}},
-                    "required": [key] * (own[key].get("default") != entry.name),
-                },
-                "then": {
-                    "properties": {**dict.fromkeys(own, True), **_options_schema(entry)},
-                    "additionalProperties": False,
-                },
+                "if": {"properties": {key: {"const": entry.name}}, "required": [key] if entry.name != default else []},
+                "then": _options_schema(entry, dict.fromkeys(own, True)),
             }
             for entry in registry.entries(kind)
         ]
     for (section, key), kind in CHOICES.items():
-        schema["$defs"][section.capitalize()]["properties"][key] |= _choice_schema(kind)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "edgekd recipe", **schema}
+        one = {
+            "type": "object",
+            "properties": {entry.name: _options_schema(entry, {}) for entry in registry.entries(kind)},
+            "additionalProperties": False,
+            "minProperties": 1,
+            "maxProperties": 1,
+        }
+        schema["$defs"][section.capitalize()]["properties"][key] |= {"anyOf": [{"enum": registry.names(kind)}, one]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "edgekd recipe"}
 
 
-def _options_schema(entry: registry.Entry) -> dict[str, Any]:
-    properties: dict[str, Any] = entry.model.model_json_schema().get("properties", {})
-    return properties
-
-
-def _choice_schema(kind: str) -> dict[str, Any]:
-    """NAME, or {NAME: {option: value}}."""
-    options = {
-        entry.name: {"type": ["object", "null"], "properties": _options_schema(entry), "additionalProperties": False}
-        for entry in registry.entries(kind)
-    }
-    one = {
-        "type": "object",
-        "properties": options,
-        "additionalProperties": False,
-        "minProperties": 1,
-        "maxProperties": 1,
-    }
-    return {"anyOf": [{"enum": registry.names(kind)}, one]}
+def _options_schema(entry: registry.Entry, beside: dict[str, Any]) -> dict[str, Any]:
+    """The options of a registered thing, and the keys that stand beside them."""
+    schema = entry.model.model_json_schema()
+    options = {"properties": {**beside, **schema["properties"]}, "required": schema.get("required", [])}
+    return {"type": ["object", "null"], "additionalProperties": False, **options}
 
 
 def _current(content: dict[str, Any]) -> Recipe:
@@ -403,12 +393,11 @@ def _override(content: dict[str, Any], override: str) -> str:
     """
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
-    if not equals or not all(parts):
+    given = f"--set {shown(override)}"
+    if not equals or not all(part.isprintable() and part for part in parts):
         example = "for example: --set distill.temperature=4"
-        raise RecipeError(
-            f"--set {override}: there is no key=value in it", allowed="expected: --set KEY=VALUE", fix=example
-        )
-    value = value_from_yaml(text, f"--set {override}")
+        raise RecipeError(f"{given}: there is no KEY=VALUE in it", allowed="expected: --set KEY=VALUE", fix=example)
+    value = value_from_yaml(text, given)
     at = content
     for depth, part in enumerate(parts[:-1]):
         inner = at.get(part)
@@ -419,9 +408,7 @@ def _override(content: dict[str, Any], override: str) -> str:
         if not isinstance(inner, dict):
             where = ".".join(parts[: depth + 1])
             raise RecipeError(
-                f"--set {override}: {where} is no mapping",
-                allowed="only a mapping has keys",
-                fix=f"set the whole of {where}",
+                f"{given}: {where} is no mapping", allowed="only a mapping has keys", fix=f"set all of {where}"
             )
         at = inner
     section, last = parts[0], parts[-1]

@@ -6,12 +6,14 @@ torch is imported inside the stages that train or export: planning and reporting
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ from edgekd.backends import Backend, Engine
 from edgekd.bench import benchmark
 from edgekd.data import Dataset
 from edgekd.device import Device
-from edgekd.errors import StageError
+from edgekd.errors import ExportError, StageError
 from edgekd.recipe import Choice, Network, Recipe, Train, choice_from_yaml
 from edgekd.target import Target
 
@@ -42,8 +44,7 @@ CURVES = "activations.json"
 MODEL = "model.onnx"
 # What a backend compiled: the folder that goes to the device, and nothing else of the artifact.
 ENGINE = "engine"
-# Inputs of an activation are counted over this many validation images.
-CURVE_SAMPLES = 500
+_log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 OnProgress = Callable[[float, str], None]
@@ -62,9 +63,12 @@ class Job:
     command: str
     device: str = ""
     on_progress: OnProgress = field(default=lambda share, text: None)
+    # What building a network had to leave as it was, by teacher and student.
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     @functools.cached_property
     def dataset(self) -> Dataset:
+        """The data, read when first asked for."""
         spec = self.recipe.data
         self.on_progress(0.0, "reading the data")
         return data.load(
@@ -84,6 +88,7 @@ class Job:
 
     @functools.cached_property
     def backend(self) -> Backend:
+        """What compiles for the target."""
         made: Backend = registry.create("backend", self.choice.name, options=self.choice.options)
         return made
 
@@ -104,9 +109,14 @@ class Job:
 
         part = self.part(subject)
         activation = choice_from_yaml(part.activation)
-        return networks.build(
-            part.network, part.options, self.dataset.shape, self.dataset.num_classes, activation, self.recipe.seed
-        )
+        shape, num_classes = self.dataset.shape, self.dataset.num_classes
+        with _warnings_of("edgekd.networks") as notes:
+            network = networks.build(part.network, part.options, shape, num_classes, activation, self.recipe.seed)
+        if subject not in self.notes:  # a network is built by several stages: told once
+            self.notes[subject] = notes
+            for note in notes:
+                _log.warning("%s: %s", subject, note)
+        return network
 
     def restore(self, subject: str, artifact: Artifact) -> nn.Module:
         """The recipe's teacher or student with the weights that a stage made."""
@@ -116,29 +126,35 @@ class Job:
         networks.load_weights(network, artifact.file(WEIGHTS))
         return network.eval()
 
+    def images(self, start: int, end: int) -> Array:
+        """Test images as a network is fed them: float32 [N, C, H, W]."""
+        return self.dataset.normalize(self.dataset.test.images[start:end])
+
     def method(self) -> Method:
         """The recipe's distillation method."""
-        made: Method = registry.create("method", self.recipe.distill.method, options=self.recipe.distill.options, where="distill")
+        spec = self.recipe.distill
+        made: Method = registry.create("method", spec.method, options=spec.options, where="distill")
         return made
 
 
 def teacher(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     """Train the teacher, or load the user's checkpoint; and measure it."""
+    from accelerate import PartialState
+
     from edgekd import networks
 
-    network = job.build("teacher")
-    spec = job.recipe.teacher
+    network, spec = job.build("teacher"), job.recipe.teacher
     if spec.checkpoint is None:
-        trained = _train(job, network, spec.train, registry.create("method", "scratch"), None, work)
+        trained = _train(job, network, spec.train, registry.create("method", "scratch"), None, work, None)
         return _network_result(job, "teacher", network, trained, out, work)
     networks.load_weights(network, spec.checkpoint)
-    return _network_result(job, "teacher", network, None, out, work)
+    return _network_result(job, "teacher", network.to(PartialState().device), None, out, work)
 
 
 def scratch(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     """Train the student's network without the teacher, on the student's budget: the baseline."""
     network = job.build("student")
-    trained = _train(job, network, job.recipe.distill.train, registry.create("method", "scratch"), None, work)
+    trained = _train(job, network, job.recipe.distill.train, registry.create("method", "scratch"), None, work, None)
     return _network_result(job, "student", network, trained, out, work)
 
 
@@ -147,32 +163,41 @@ def student(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     network = job.build("student")
     method = job.method()
     frozen = job.restore("teacher", inputs["teacher"]) if method.needs_teacher else None
-    cache = None
-    if frozen is not None and job.recipe.distill.cache_teacher:
-        cache = job.store.cache("teacher-logits", [inputs["teacher"].digest, job.recipe.data.model_dump(), job.fingerprint])
-    trained = _train(job, network, job.recipe.distill.train, method, frozen, work, cache)
+    spec, cache = job.recipe.distill, None
+    if frozen is not None and spec.cache_teacher:
+        facts = [inputs["teacher"].digest, job.recipe.data.model_dump(), job.fingerprint, spec.train.precision]
+        cache = job.store.cache("teacher-logits", facts)
+    trained = _train(job, network, spec.train, method, frozen, work, cache)
     return _network_result(job, "student", network, trained, out, work)
 
 
 def onnx(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
-    """Export a network, and compare it with torch on real samples and with ONNX Runtime on the whole test set."""
-    from edgekd import export
+    """Export a network, and compare what ONNX Runtime makes of it with torch, on the whole test set."""
+    from edgekd import export, parity
 
-    spec = job.recipe.export
+    spec, test = job.recipe.export, job.dataset.test
     network = job.restore(subject, inputs[subject])
-    images = job.dataset.normalized("test")
     job.on_progress(0.1, "exporting")
     result = export.export(
-        network, out / MODEL, example=images[:1], opset=spec.opset or job.target.opset, dynamic_batch=spec.batch == "dynamic",
-        form=job.form(subject), metadata=_metadata(job, subject),
+        network, out / MODEL, example=job.images(0, 1), opset=spec.opset or job.target.opset, form=job.form(subject),
+        dynamic_batch=spec.batch == "dynamic", metadata=_metadata(job, subject, inputs[subject]),
     )  # fmt: skip
     job.on_progress(0.5, "comparing with torch")
-    logits = _in_batches(_reference(out / MODEL, work), images, spec.batch)
-    expected = np.load(inputs[subject].file(LOGITS))
-    parity = export.parity(expected, logits)
-    parity.check(spec.tolerance, f"{subject}.onnx")
+    try:
+        logits = _test_logits(job, _reference(out / MODEL, work))
+    except Exception as error:  # ONNX Runtime's own, which have no common class
+        raise ExportError(
+            f"ONNX Runtime cannot run {subject}.onnx: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            allowed=f"it was exported for a {spec.batch} batch, opset {result['opset']}",
+            fix="set export.batch = static, or try another export.opset",
+        ) from error
+    found = parity.parity(
+        network, lambda index: job.dataset.normalize(test.images[index]), np.load(inputs[subject].file(LOGITS)), logits,
+        spec.tolerance,
+    )  # fmt: skip
+    found.check(f"{subject}.onnx")
     np.save(out / LOGITS, logits)
-    return {**result, "parity": parity.as_dict(), **_accuracy(logits, job.dataset.test.labels)}
+    return {**result, "parity": found.as_dict(), **_accuracy(logits, test.labels)}
 
 
 def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
@@ -193,7 +218,7 @@ def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dic
     if job.backend.builds_on == "host":
         job.on_progress(0.5, "measuring the engine")
         run = backends.load_runner(built).run
-        logits = _in_batches(run, job.dataset.normalized("test"), job.recipe.export.batch)
+        logits = _test_logits(job, run)
         np.save(out / LOGITS, logits)
         result |= _accuracy(logits, job.dataset.test.labels)
     return result
@@ -202,17 +227,17 @@ def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dic
 def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     """Deploy both engines to the device and measure them there, interleaved, for speed and accuracy."""
     spec = job.recipe.benchmark
-    some = spec.accuracy_samples
-    labels = job.dataset.test.labels[:some]
+    labels = job.dataset.test.labels[: spec.accuracy_samples]
     engines = {
         subject: Engine(subject, inputs[f"engine-{subject}"].file(ENGINE), job.backend.runner, job.backend.name)
         for subject in ("student", "teacher")
     }
     session = work / "session"
     found = benchmark(
-        engines["student"], engines["teacher"], samples=job.dataset.normalized("test")[:some], labels=labels,
+        engines["student"], engines["teacher"], samples=job.images(0, len(labels)), labels=labels,
         device=Device(job.device or job.target.device, work), workdir=session, seconds=spec.seconds,
-        launches=spec.launches, mode=spec.mode, seed=job.recipe.seed, on_progress=lambda share, left_s, text: job.on_progress(share, text),
+        launches=spec.launches, mode=spec.mode, seed=job.recipe.seed,
+        on_progress=lambda share, left_s, text: job.on_progress(share, text),
     )  # fmt: skip
     for file in session.iterdir():
         if file.name != "samples.npy":  # the images can be made again from the data, and are large
@@ -222,12 +247,12 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
 
 
 def _train(
-    job: Job, network: nn.Module, spec: Train, method: Method, frozen: nn.Module | None, work: Path, cache: Path | None = None
+    job: Job, network: nn.Module, spec: Train, method: Method, frozen: nn.Module | None, work: Path, cache: Path | None
 ) -> Trained:
     from edgekd import distill
 
     def on_progress(at: distill.Progress) -> None:
-        newest = f"val {at.metrics['val_accuracy']:.1%}, loss {at.metrics['train_loss']:.3f}" if at.metrics else "first epoch"
+        newest = "val {val_accuracy:.1%}, loss {train_loss:.3f}".format(**at.metrics) if at.metrics else "first epoch"
         job.on_progress(at.done / at.total, newest)
 
     return distill.train(
@@ -236,32 +261,40 @@ def _train(
     )  # fmt: skip
 
 
-def _network_result(job: Job, subject: str, network: nn.Module, trained: Trained | None, out: Path, work: Path) -> dict[str, Any]:
+def _network_result(
+    job: Job, subject: str, network: nn.Module, trained: Trained | None, out: Path, work: Path
+) -> dict[str, Any]:
     """Measure a network on the test split, once, and write what the stages below it read."""
     import torch
+    from accelerate import PartialState
 
     from edgekd import activations, distill, networks
 
+    if not PartialState().is_main_process:
+        return {}  # a helper of a distributed run has helped to train; the first process measures and stores
     job.on_progress(1.0, "measuring on the test set")
-    test = job.dataset.test
-    logits = distill.predict(network, test, job.dataset)
+    dataset, part = job.dataset, job.part(subject)
+    logits = distill.predict(network, dataset.test, dataset)
     np.save(out / LOGITS, logits)
-    np.save(out / LABELS, test.labels)
-    part = job.part(subject)
-    networks.save_weights(network, out / WEIGHTS, {"network": part.network, "options": part.options, "activation": part.activation})
-    x = torch.from_numpy(job.dataset.normalize(job.dataset.val.images[:CURVE_SAMPLES])).to(next(network.parameters()).device)
-    layers = zip(activations.curves(network), activations.input_histograms(network, x), strict=True)
-    (out / CURVES).write_text(json.dumps([curve | {"inputs": inputs} for curve, inputs in layers]), encoding="utf-8")
+    np.save(out / LABELS, dataset.test.labels)
+    about = {"network": part.network, "options": part.options, "activation": part.activation}
+    shape = {"shape": list(astuple(dataset.shape)), "num_classes": dataset.num_classes}
+    networks.save_weights(network, out / WEIGHTS, {**about, **shape})
+    x = dataset.normalize(dataset.val.images[: distill.evaluation_batch(dataset)])
+    inputs = activations.input_histograms(network, torch.from_numpy(x).to(next(network.parameters()).device))
+    curves = [curve | {"inputs": own} for curve, own in zip(activations.curves(network), inputs, strict=True)]
+    (out / CURVES).write_text(json.dumps(curves), encoding="utf-8")
     result = {
-        **_accuracy(logits, test.labels),
+        **_accuracy(logits, dataset.test.labels),
         "params": networks.count_params(network),
-        "macs": networks.count_macs(network, job.dataset.shape),
+        "macs": networks.count_macs(network, dataset.shape),
         "size_bytes": (out / WEIGHTS).stat().st_size,
-        "class_names": list(job.dataset.class_names),
-        "notes": list(job.dataset.notes),
+        "class_names": list(dataset.class_names),
+        "notes": [*dataset.notes, *job.notes[subject]],
     }
     if trained is not None:
-        shutil.copytree(work / "training", out / LOG, ignore=shutil.ignore_patterns(distill.CHECKPOINT))
+        unfinished = shutil.ignore_patterns(f"{distill.CHECKPOINT}*")
+        shutil.copytree(work / "training", out / LOG, ignore=unfinished)
         result |= {"epochs": trained.epochs, "kept_epoch": trained.kept}
     return result
 
@@ -271,19 +304,23 @@ def _accuracy(logits: Array, labels: Array) -> dict[str, Any]:
     return {"top1": right / len(labels), "n": len(labels)}
 
 
-def _metadata(job: Job, subject: str) -> dict[str, Any]:
-    """What a user of the ONNX file alone has to know."""
+def _metadata(job: Job, subject: str, artifact: Artifact) -> dict[str, Any]:
+    """What a user of the ONNX file alone has to know; `Image.BitmapPixelFormat` is a key of the ONNX standard."""
     dataset, part = job.dataset, job.part(subject)
-    recipe = json.dumps(job.recipe.model_dump(mode="json"), sort_keys=True)
+    recipe = json.dumps(artifact.manifest["spec"], sort_keys=True)  # the part of it that made this network
     return {
+        "task": "image-classification",
+        "class_names": list(dataset.class_names),
+        "input_size": list(astuple(dataset.shape)),
+        "input_layout": "NCHW",
+        "preprocessing": "(pixel / 255 - mean) / std",
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "Image.BitmapPixelFormat": "Gray8" if dataset.shape.channels == 1 else "Rgb8",
         "edgekd.version": __version__,
         "edgekd.network": part.network,
         "edgekd.activation": part.activation,
         "edgekd.recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
-        "class_names": list(dataset.class_names),
-        "input": {"layout": "NCHW", "dtype": "float32", "shape": list(astuple(dataset.shape)), "scale": "pixel / 255"},
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
     }
 
 
@@ -292,15 +329,38 @@ def _reference(model: Path, work: Path) -> Callable[[Array], Array]:
     reference: Backend = registry.create("backend", "onnxruntime")
     folder = work / "reference"
     folder.mkdir(exist_ok=True)
-    reference.compile(model, folder, threads=os.cpu_count() or 1)
-    run: Callable[[Array], Array] = backends.load_runner(Engine("reference", folder, reference.runner, reference.name)).run
+    reference.compile(model, folder, threads=len(os.sched_getaffinity(0)))
+    engine = Engine("reference", folder, reference.runner, reference.name)
+    run: Callable[[Array], Array] = backends.load_runner(engine).run
     return run
 
 
-def _in_batches(run: Callable[[Array], Array], images: Array, batch: str) -> Array:
-    size = 1 if batch == "static" else 100
-    return np.concatenate([run(images[at : at + size]) for at in range(0, len(images), size)])
+def _test_logits(job: Job, run: Callable[[Array], Array]) -> Array:
+    """What an engine makes of the whole test split, float32 [N, K]."""
+    size = 1 if job.recipe.export.batch == "static" else 100
+    return np.concatenate([run(job.images(at, at + size)) for at in range(0, len(job.dataset.test), size)])
 
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@contextlib.contextmanager
+def _warnings_of(name: str) -> Iterator[list[str]]:
+    """The warnings that are logged under a name, kept from everybody else."""
+    logger, texts = logging.getLogger(name), []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    handler, level, propagate = Keep(logging.WARNING), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)  # also when the user wants to see errors alone
+    logger.propagate = False
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate

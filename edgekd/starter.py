@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import astuple
 from pathlib import Path
 
 from edgekd import data, registry
 from edgekd.artifact import write_synced
-from edgekd.errors import EdgekdError, RecipeError
+from edgekd.data import Dataset
+from edgekd.errors import EdgekdError, RecipeError, StoreError
 from edgekd.recipe import DEFAULT_FILE, json_schema
 
 SCHEMA = Path(".edgekd") / "recipe.schema.json"
 # Where people keep data, in the order in which it is looked for.
-PLACES = (".", "data", "dataset", "datasets", "images")
+PLACES = ("data", "dataset", "datasets", "images", ".")
 # Sources that accept nearly any folder come last.
 LAST = ("folder",)
+# Up to this size of an image, networks made for 32 pixels serve it.
+SMALL_PIXELS = 64
 
 TEMPLATE = """\
 # yaml-language-server: $schema={schema}
@@ -34,7 +38,7 @@ teacher:
   network: {teacher}
   # checkpoint: teacher.safetensors   # instead of training it here
   train:
-    epochs: {epochs}
+    epochs: 60
     batch_size: {batch_size}
     lr: 0.1
     schedule: cosine          # constant, step, cosine, plateau
@@ -49,7 +53,7 @@ distill:
   temperature: 4.0
   scratch: true               # also train the student without the teacher, to see what the teacher gives
   train:
-    epochs: {epochs}
+    epochs: 60
     batch_size: {batch_size}
     lr: 0.1
     schedule: cosine
@@ -70,25 +74,44 @@ budgets:
 
 
 def write(folder: Path, path: Path | None) -> list[Path]:
-    """Write edgekd.yaml and its JSON Schema into `folder`; return their paths. Raises RecipeError, DataError."""
+    """Write edgekd.yaml and its JSON Schema into `folder`; return their paths.
+
+    Raises RecipeError when `path` holds no data set, DataError when the data cannot be used, StoreError when the folder
+    cannot be written.
+    """
     source, place = _found(folder, path)
-    options = {"path": str(place)} if place else {}
-    dataset = data.load(source, options)
+    recipe = _recipe(source, place, data.load(source, {"path": str(place)} if place else {}))
+    try:
+        (folder / SCHEMA).parent.mkdir(exist_ok=True)
+        write_synced(folder / SCHEMA, json.dumps(json_schema(), indent=1))
+        write_synced(folder / DEFAULT_FILE, recipe)
+    except OSError as error:
+        raise StoreError(
+            f"{error.filename or folder} cannot be written: {error.strerror}",
+            allowed=f"written are {DEFAULT_FILE} and {SCHEMA}",
+            fix="make room, or call edgekd init in a folder that you may write to",
+        ) from error
+    return [DEFAULT_FILE, SCHEMA]
+
+
+def _recipe(source: str, place: Path | None, dataset: Dataset) -> str:
+    """The text of edgekd.yaml; `place` is where the source's files lie."""
+    sizes = "x".join(str(size) for size in astuple(dataset.shape))
     side = max(dataset.shape.height, dataset.shape.width)
-    small = side <= 64
-    recipe = TEMPLATE.format(
-        schema=SCHEMA, name="".join(c if c.isalnum() else "-" for c in (place or Path(source)).resolve().name) or "mine",
+    small = side <= SMALL_PIXELS
+    return TEMPLATE.format(
+        schema=SCHEMA,
+        # In quotes: a folder may be called 2024, and a number is no name.
+        name=json.dumps(re.sub(r"[^A-Za-z0-9]+", "-", (place or Path(source)).resolve().name).strip("-") or "mine"),
         found=f"{len(dataset.train)} images to train on, {len(dataset.val)} to validate, {len(dataset.test)} to test; "
-        f"{'x'.join(str(size) for size in astuple(dataset.shape))}, {dataset.num_classes} classes",
-        source=source, path=f"  path: {json.dumps(str(place))}\n" if place else "", crop=max(1, side // 8),
+        f"{sizes}, {dataset.num_classes} classes",
+        source=source,
+        path=f"  path: {json.dumps(str(place))}\n" if place else "",
+        crop=max(1, side // 8),
         teacher="resnet\n  depth: 56" if small else "mobilenet_v2",
         student="resnet\n  depth: 8" if small else "mobilenet_v2\n  width: 0.35",
-        epochs=60, batch_size=min(128, max(8, len(dataset.train) // 20)),
-    )  # fmt: skip
-    write_synced(folder / DEFAULT_FILE, recipe)
-    (folder / SCHEMA).parent.mkdir(exist_ok=True)
-    write_synced(folder / SCHEMA, json.dumps(json_schema(), indent=1))
-    return [DEFAULT_FILE, SCHEMA]
+        batch_size=min(128, max(8, len(dataset.train) // 20)),
+    )
 
 
 def _found(folder: Path, path: Path | None) -> tuple[str, Path | None]:

@@ -53,9 +53,8 @@ def load(source: str) -> Target:
     content, origin = mapping_from_yaml(read_text(path, "the target", fix), str(path))
     try:
         target = checked(Target, content, fix="see the shipped targets: edgekd list targets")
-        for index, backend in enumerate(target.backends):
-            checked_choice(backend, "backend", f"backends.{index}")
+        complete = [checked_choice(one, "backend", f"backends.{index}") for index, one in enumerate(target.backends)]
     except RecipeError as error:
         origin.locate(error)
         raise
-    return target
+    return target.model_copy(update={"backends": complete})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,20 +15,25 @@ from rich.table import Table
 
 from edgekd.pipeline import StageEvent
 
-QUIET, NORMAL, VERBOSE = -1, 0, 1
 # Without a terminal, a long stage still gives a sign of life this often.
 SIGN_OF_LIFE_SECONDS = 15.0
+LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}
+LABEL_CHARACTERS = 22
 
 
 class Terminal:
-    """Progress of a pipeline: a bar with the time left on a terminal, plain lines elsewhere."""
+    """Progress of a pipeline: a bar with the time left on a terminal, plain lines elsewhere.
 
-    def __init__(self, verbosity: int = NORMAL, *, color: bool = True) -> None:
-        plain = not color or "NO_COLOR" in os.environ
-        self.out = Console(no_color=plain, highlight=False, soft_wrap=True)
-        self.err = Console(stderr=True, no_color=plain, highlight=False, quiet=verbosity == QUIET)
-        self.verbosity = verbosity
-        self._live = self.err.is_terminal and "CI" not in os.environ and verbosity != QUIET
+    verbosity: -1 shows results and errors only, 0 progress and warnings, 1 also what is called.
+    """
+
+    def __init__(self, verbosity: int = 0, *, color: bool = True) -> None:
+        plain = not color or bool(os.environ.get("NO_COLOR"))
+        # Without a colour system, no control codes at all: bold and dim go as well.
+        colors = None if plain else "auto"
+        self.out = _Results(color_system=colors, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
+        self.err = Console(color_system=colors, highlight=False, stderr=True, quiet=verbosity < 0)  # type: ignore[arg-type]
+        self._live = self.err.is_terminal and "CI" not in os.environ and verbosity >= 0
         self._bar = Progress(
             TextColumn("{task.description:<16}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"),
             TimeRemainingColumn(compact=True), TextColumn("[dim]{task.fields[text]}"),
@@ -35,6 +41,17 @@ class Terminal:
         )  # fmt: skip
         self._task: TaskID | None = None
         self._stage, self._started, self._spoken = "", 0.0, 0.0
+        self._show_log(LEVELS[verbosity])
+
+    def _show_log(self, level: int) -> None:
+        """Print the log of edgekd; Python's warnings are for those who asked for more."""
+        logging.captureWarnings(True)
+        handler = _Lines(self.err)
+        for name, shown in (("edgekd", True), ("py.warnings", level <= logging.INFO)):
+            log = logging.getLogger(name)
+            log.setLevel(level)
+            log.handlers = [handler if shown else logging.NullHandler()]
+            log.propagate = False
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -49,29 +66,31 @@ class Terminal:
         """Show what happens to a stage."""
         label = f"[{event.number}/{event.total}] {event.stage}"
         if event.what == "reuse":
-            self._stage = ""
-            self.err.print(f"{label:<22} reused", markup=False)
+            self._line(label, "reused")
         elif event.what == "wait":
-            self.err.print(f"{label:<22} another run is making it; waiting", markup=False)
+            self._line(label, "another run is making it; waiting")
         elif event.what == "run":
             self._stage, self._started, self._spoken = label, time.monotonic(), time.monotonic()
             if self._live:
                 self._task = self._bar.add_task(event.stage, total=1.0, text="")
             else:
-                self.err.print(f"{label:<22} ...", markup=False)
+                self._line(label, "...")
         elif self._stage:
             if self._task is not None:
                 self._bar.remove_task(self._task)
-                self._task = None
-            self.err.print(f"{label:<22} done in {time.monotonic() - self._started:.1f} s", markup=False)
+            self._line(label, f"done in {time.monotonic() - self._started:.1f} s")
+            self._task, self._stage = None, ""
 
     def on_progress(self, share: float, text: str) -> None:
         """Show how far the running stage is: share from 0 to 1, and a few words."""
         if self._task is not None:
             self._bar.update(self._task, completed=share, text=text)
-        elif self._stage and not self._live and time.monotonic() - self._spoken > SIGN_OF_LIFE_SECONDS:
+        elif self._stage and time.monotonic() - self._spoken > SIGN_OF_LIFE_SECONDS:
             self._spoken = time.monotonic()
-            self.err.print(f"{self._stage:<22} {share:.0%}  {text}", markup=False)
+            self._line(self._stage, f"{share:.0%}  {text}")
+
+    def _line(self, label: str, text: str) -> None:
+        self.err.print(f"{label:<{LABEL_CHARACTERS}} {text}", markup=False, soft_wrap=True)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table to stdout."""
@@ -82,11 +101,42 @@ class Terminal:
             table.add_row(*row)
         self.out.print(table)
 
+    def entries(self, kind: str, rows: Sequence[tuple[str, str, str]]) -> None:
+        """Print what there is of a kind to stdout: names, each with a summary and its options beside it."""
+        self.out.print(kind, style="bold", markup=False)
+        indent = " " * (4 + max((len(name) for name, _, _ in rows), default=0))
+        for name, summary, options in rows:
+            lines = [line for text in (summary, options) for line in self._wrapped(text, len(indent))]
+            self.say(
+                "\n".join(
+                    f"{'  ' + name if not number else '':<{len(indent)}}{line}"
+                    for number, line in enumerate(lines or [""])
+                )
+            )
+        self.say("")
+
+    def _wrapped(self, text: str, indent: int) -> list[str]:
+        # Options are cut between them only; a narrow terminal must not give a width below one word.
+        return textwrap.wrap(text, max(20, self.out.width - indent), break_long_words=False, break_on_hyphens=False)
+
     def say(self, text: str) -> None:
         """Print a line to stdout."""
         self.out.print(text, markup=False)
 
 
-def show_error(text: str) -> None:
-    """Print an error to stderr, uncoloured and unwrapped: it is read by people and by scripts."""
-    print(text, file=sys.stderr)
+class _Results(Console):
+    """A console that leaves it to the command line what a closed pipe means."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+class _Lines(logging.Handler):
+    """Log records as lines of the console, above the progress bar if there is one."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.print(f"{record.levelname.lower()}: {record.getMessage()}", markup=False, soft_wrap=True)

@@ -141,8 +141,8 @@ class _Plain:
                     merged = {**self.value(part, "<<", depth + 1), **merged}
                 continue
             name = self._scalar(key_node) if key_node.tag == f"{_TAG}str" else None
-            if not isinstance(name, str):
-                raise self._refuse(key_node, "a key is not text")
+            if not isinstance(name, str) or not name.isprintable():
+                raise self._refuse(key_node, "a key is not printable text")
             key = f"{prefix}.{name}" if prefix else name
             if name in own:
                 raise self._refuse(key_node, f"{key} is given twice, first on line {self.origin.lines[key]}")

@@ -54,7 +54,9 @@ class Backend(ABC):
         """Raise MissingError unless the backend can be used on this machine."""
         if reason := self.available():
             why, _, fix = reason.partition(": ")
-            raise MissingError(f'backend "{self.name}" cannot be used here: {why}', fix=fix)
+            raise MissingError(
+                f'backend "{self.name}" cannot be used here: {why}', allowed="what can be used: edgekd doctor", fix=fix
+            )
 
     @abstractmethod
     def check(self, onnx: Path) -> list[str]:

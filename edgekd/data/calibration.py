@@ -111,7 +111,9 @@ def _parsed(file: Path) -> Selection:
     try:
         return Selection.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except OSError as error:
-        raise RecipeError(f"the calibration set {file} cannot be read: {error.strerror}", fix=fix) from None
+        raise RecipeError(
+            f"the calibration set {file} cannot be read: {error.strerror}", allowed=keys, fix=fix
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(f"the calibration set {file} is not YAML: {reason}", allowed=keys, fix=fix) from None

@@ -93,6 +93,7 @@ def read(source: str, options: Mapping[str, Any]) -> Parts:
     except ModuleNotFoundError as error:
         raise MissingError(
             f'dataset "{source}" needs the Python package {error.name!r}, which is not installed',
+            allowed="the plain install reads cifar, idx and npz only",
             fix="pip install 'edgekd[train]'",
         ) from error
     train = Split(raw.train.images, raw.train.labels)
@@ -201,6 +202,7 @@ def fingerprint(source: str, options: Mapping[str, Any]) -> str:
         except OSError as error:
             raise DataError(
                 f"{file}: cannot be read: {error.strerror}",
+                allowed="all files of the data are read",
                 fix="check that the file is there and that you may read it",
             ) from None
         digest.update(json.dumps([str(file.relative_to(root)), content_digest]).encode())

@@ -139,4 +139,8 @@ def parsed(text: str, source: str) -> dict[str, Any]:
             raise ValueError(f"a JSON {type(document).__name__}, not an object")
         return document
     except (ValueError, RecursionError) as error:
-        raise StageError(f"{source}: not what the agent writes: {error}", fix="run it again with --debug") from error
+        raise StageError(
+            f"{source}: not what the agent writes: {error}",
+            allowed="expected: a JSON object",
+            fix="run it again with --debug",
+        ) from error

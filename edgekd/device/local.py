@@ -47,9 +47,17 @@ class Local(Transport):
         """Copy one file out of the folder."""
         source = Path(folder, name)
         if not source.is_file() or source.is_symlink():
-            raise StageError(f"{name} was not written on the device", allowed=f"looked in {folder}")
+            raise StageError(
+                f"{name} was not written on the device",
+                allowed=f"looked in {folder}",
+                fix="measure again: edgekd bench",
+            )
         if (size := source.stat().st_size) > limit_bytes:
-            raise StageError(f"{name} from the device has {size} bytes", allowed=f"at most {limit_bytes} are expected")
+            raise StageError(
+                f"{name} from the device has {size} bytes",
+                allowed=f"at most {limit_bytes} are expected",
+                fix="see what the device writes, and measure again",
+            )
         shutil.copyfile(source, target)
 
     def command(self, argv: Sequence[str], folder: str) -> tuple[list[str], Path | None]:

@@ -36,7 +36,8 @@ class Finished:
         """Raise StageError with the process's last lines unless it ended well."""
         if self.status != 0:
             ended = f"signal {signal.Signals(-self.status).name}" if self.status < 0 else f"exit status {self.status}"
-            raise StageError(f"{what} failed ({ended})", allowed=last_lines(self.stderr_tail))
+            fix = "mend what these lines say, and run it again"
+            raise StageError(f"{what} failed ({ended})", allowed=last_lines(self.stderr_tail), fix=fix)
 
 
 def last_lines(lines: Sequence[str]) -> str:
@@ -55,7 +56,11 @@ def run(
             argv, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
     except OSError as error:
-        raise StageError(f"{argv[0]} cannot be run: {error.strerror}", fix="check that it is installed") from error
+        raise StageError(
+            f"{argv[0]} cannot be run: {error.strerror}",
+            allowed="it must be a program",
+            fix="check that it is installed",
+        ) from error
     assert process.stdout is not None and process.stderr is not None
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     output = bytearray()
@@ -73,7 +78,10 @@ def run(
                 on_stderr_line(line)
         status = process.wait(max(0.0, started + timeout - time.monotonic()))
     except subprocess.TimeoutExpired:
-        raise StageError(f"{' '.join(argv)} did not end within {timeout:g} s", allowed=last_lines(list(tail))) from None
+        what = f"{' '.join(argv)} did not end within {timeout:g} s"
+        raise StageError(
+            what, allowed=last_lines(list(tail)), fix="see whether the device is alive, and run it again"
+        ) from None
     finally:
         _end(process)
         # A process that left the group may hold the pipes, and the readers, for longer: leave it to them.

@@ -2,7 +2,8 @@
 
 A method is a module: what it owns (projectors, embeddings) is trained with the student, saved in its checkpoints, and
 left behind at export. The loop makes a `Step` for every batch and minimises the sum of the terms that the method
-returns; it never asks which method it is.
+returns; it never asks which method it is. Random numbers come from torch's global state, which the loop sets at every
+step: a training that is resumed draws the same.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ class Step:
 
     @cached_property
     def student_logits(self) -> Tensor:
-        """[B, K], with gradient."""
-        return self._student(self.x)
+        """float32 [B, K], with gradient."""
+        return self._student(self.x).float()
 
     @cached_property
     def teacher_logits(self) -> Tensor:
-        """[B, K], without gradient. Asked for by a method with `needs_teacher` only."""
+        """float32 [B, K], without gradient. Asked for by a method with `needs_teacher` only."""
         assert self._teacher is not None, "the pipeline gives a teacher to every method that needs one"
         with torch.no_grad():
-            return self._teacher()
+            return self._teacher().float()
 
 
 class Method(nn.Module):
@@ -47,7 +48,10 @@ class Method(nn.Module):
     needs_teacher: bool = True
 
     def attach(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Prepare for these two networks, once, before training: taps, projectors. Most methods need nothing."""
+        """Prepare for these two networks, once, before training: taps, projectors. Most methods need nothing.
+
+        The networks are not to become submodules: what a method owns is trained and saved with it.
+        """
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """The weighted terms of the loss by name, each a scalar; their sum is minimised."""

@@ -46,14 +46,18 @@ class KD(Method):
         self.temperature, self.tau_squared, self.kl_reduction = temperature, tau_squared, kl_reduction
         if temperature <= 0:
             raise RecipeError(
-                f"distill.temperature = {temperature} is not valid", allowed="expected: above 0",
-                fix="--set distill.temperature=4", key="distill.temperature",
-            )  # fmt: skip
+                f"distill.temperature = {temperature} is not valid",
+                allowed="expected: above 0",
+                fix="--set distill.temperature=4",
+                key="distill.temperature",
+            )
         if min(self.kd_weight, self.ce_weight) < 0:
             raise RecipeError(
-                f"distill.kd_weight = {kd_weight} leaves a negative weight", allowed="expected: both weights at least 0",
-                fix="--set distill.kd_weight=0.7, or give distill.ce_weight", key="distill.kd_weight",
-            )  # fmt: skip
+                f"distill.kd_weight = {kd_weight} leaves a negative weight",
+                allowed="expected: both weights at least 0",
+                fix="--set distill.kd_weight=0.7, or give distill.ce_weight",
+                key="distill.kd_weight",
+            )
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """{ce: scalar, kd: scalar}."""
@@ -66,5 +70,7 @@ class KD(Method):
         """tau^2 KL(teacher || student) of two [B, K] logits, a scalar."""
         target = F.log_softmax(teacher_logits.float() / self.temperature, dim=1)
         output = F.log_softmax(student_logits.float() / self.temperature, dim=1)
-        divergence = F.kl_div(output, target, reduction=self.kl_reduction, log_target=True)
+        divergence = F.kl_div(output, target, reduction="batchmean", log_target=True)
+        if self.kl_reduction == "mean":
+            divergence = divergence / output.shape[1]  # by hand: torch announces that its own "mean" will change
         return divergence * self.temperature**2 if self.tau_squared else divergence

@@ -22,6 +22,8 @@ from edgekd.errors import CheckpointError
 NESTED = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")
 SHOWN = 4
+# The entry of a safetensors file's metadata that holds the facts, as JSON.
+FACTS = "edgekd"
 
 
 def save_weights(network: nn.Module, path: Path, facts: Mapping[str, Any] | None = None) -> None:
@@ -35,7 +37,8 @@ def save_weights(network: nn.Module, path: Path, facts: Mapping[str, Any] | None
         key: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
         for key, value in network.state_dict().items()
     }
-    metadata = {key: json.dumps(value, sort_keys=True, default=str) for key, value in (facts or {}).items()}
+    # One entry: safetensors writes several in an order of its own, and the same weights would not be the same bytes.
+    metadata = {FACTS: json.dumps(facts, sort_keys=True, default=str)} if facts else None
     content = safetensors.torch.save(tensors, metadata)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -44,6 +47,7 @@ def save_weights(network: nn.Module, path: Path, facts: Mapping[str, Any] | None
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot write the weights: {error.strerror}",
+            allowed="the file is written whole or not at all",
             fix="free some space there, or choose a folder that you may write to",
         ) from error
     finally:
@@ -66,13 +70,18 @@ def load_weights(network: nn.Module, path: Path) -> dict[str, Any]:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights in a file by name, on the CPU, and the facts that it was saved with. Raises CheckpointError."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such checkpoint file", fix="check the path of the checkpoint")
+        raise CheckpointError(
+            f"{path}: there is no such checkpoint file",
+            allowed="allowed: .safetensors, or a torch state dict",
+            fix="check the path of the checkpoint",
+        )
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-                facts = {key: _value(text) for key, text in (file.metadata() or {}).items()}
-            return _without_prefix(tensors), facts
+                metadata = file.metadata() or {}
+            # What other programs wrote is plain text.
+            return _without_prefix(tensors), json.loads(metadata[FACTS]) if FACTS in metadata else metadata
         with warnings.catch_warnings(action="ignore"):  # that a newer pickle may fail: an error says so if it does
             content = torch.load(path, map_location="cpu", weights_only=True)
         return _without_prefix(_state_dict(content, path)), {}
@@ -94,14 +103,6 @@ def _damaged(path: Path, reason: str) -> CheckpointError:
         allowed="allowed: .safetensors, or a state dict saved by torch.save(network.state_dict(), path)",
         fix="copy the file again and compare its size with the original's",
     )
-
-
-def _value(text: str) -> Any:
-    """A fact; metadata that other programs wrote is plain text rather than JSON."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ def write(document: Document, folder: Path) -> Path:
     except OSError as error:
         raise StoreError(
             f"{folder}: cannot write the report ({error.strerror})",
+            allowed="each of its files is written whole or not at all",
             fix="free some space or give a folder that you may write to",
         ) from error
     return folder / "report.html"

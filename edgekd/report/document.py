@@ -286,12 +286,14 @@ class Document(Part):
 def load(path: Path) -> Document:
     """Read a report.json; raises `StoreError` for a missing or damaged file or one of another schema version."""
     rerun = "make the report again: edgekd report"
+    whole = "expected: a report.json as edgekd wrote it"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StoreError(f"{path}: cannot read the report ({error.strerror})", fix=rerun) from error
+        raise StoreError(f"{path}: cannot read the report ({error.strerror})", allowed=whole, fix=rerun) from error
     except ValueError as error:
-        raise StoreError(f"{path}: not a report, the JSON is damaged ({error})", fix=rerun) from error
+        what = f"{path}: not a report, the JSON is damaged ({error})"
+        raise StoreError(what, allowed=whole, fix=rerun) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
         raise StoreError(
@@ -304,7 +306,7 @@ def load(path: Path) -> Document:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(step) for step in first["loc"])
-        raise StoreError(f"{path}: {where or 'document'}: {first['msg']}", fix=rerun) from error
+        raise StoreError(f"{path}: {where or 'document'}: {first['msg']}", allowed=whole, fix=rerun) from error
 
 
 def _thinned(values: Any) -> Any:

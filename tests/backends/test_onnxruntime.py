@@ -83,5 +83,7 @@ def test_without_onnxruntime_the_pip_line_is_given(make_onnx, tmp_path, monkeypa
     with pytest.raises(MissingError) as caught:
         create().compile(make_onnx(), tmp_path, threads=1)
     assert str(caught.value) == (
-        'error: backend "onnxruntime" cannot be used here: onnxruntime not installed\nfix:   pip install onnxruntime'
+        'error: backend "onnxruntime" cannot be used here: onnxruntime not installed\n'
+        "       what can be used: edgekd doctor\n"
+        "fix:   pip install onnxruntime"
     )

@@ -54,7 +54,7 @@ def test_a_path_is_given_where_the_set_is_used(saved):
     file, path = saved
     assert "path" not in file.read_text()
     assert len(calibration.load(str(file), {"path": path}).samples) == 9
-    with pytest.raises(RecipeError, match=r"data.path is required"):
+    with pytest.raises(RecipeError, match=r"data.path is missing"):
         calibration.load(str(file))
 
 

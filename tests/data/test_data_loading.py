@@ -200,8 +200,8 @@ def test_a_class_without_training_samples_is_noted(npz_of):
 def test_an_unknown_source_and_option():
     with pytest.raises(RecipeError, match='"digit" is not a known dataset') as error:
         data.load("digit", {})
-    assert "closest: 'digits'" in error.value.allowed
-    with pytest.raises(RecipeError, match="not a known option of dataset 'digits'"):
+    assert 'closest: "digits"' in error.value.allowed
+    with pytest.raises(RecipeError, match="data.path is not a known key or option of dataset digits"):
         data.load("digits", {"path": "x"})
 
 
@@ -289,6 +289,7 @@ def test_a_fingerprint_of_a_file_that_cannot_be_read(write):
         data.fingerprint("idx", options)
     assert str(error.value) == (
         f"error: {file}: cannot be read: No such file or directory\n"
+        "       all files of the data are read\n"
         "fix:   check that the file is there and that you may read it"
     )
     with pytest.raises(DataError, match=f"{file}: cannot be read"):

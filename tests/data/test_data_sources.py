@@ -92,6 +92,7 @@ def test_digits_without_scikit_learn(monkeypatch):
         data.load("digits", {})
     assert str(error.value) == (
         'error: dataset "digits" is a file of the Python package scikit-learn, which is not installed\n'
+        "       it is read from that package, nothing is downloaded\n"
         "fix:   pip install 'edgekd[train]'"
     )
 

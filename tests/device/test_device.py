@@ -113,7 +113,8 @@ def test_run_gives_status_output_and_lines_as_they_come(job):
     with pytest.raises(StageError) as caught:
         finished.check("the command")
     assert str(caught.value) == (
-        "error: the command failed (exit status 3)\n       its last lines:\n         one\n         two"
+        "error: the command failed (exit status 3)\n       its last lines:\n         one\n         two\n"
+        "fix:   mend what these lines say, and run it again"
     )
 
 

@@ -71,7 +71,14 @@ def test_tied_and_channels_last_weights_are_saved(tmp_path):
 
 def test_metadata_of_other_programs_is_text(tmp_path):
     safetensors.torch.save_file(small().state_dict(), tmp_path / "w.safetensors", {"format": "pt", "step": "3"})
-    assert read_weights(tmp_path / "w.safetensors")[1] == {"format": "pt", "step": 3}
+    assert read_weights(tmp_path / "w.safetensors")[1] == {"format": "pt", "step": "3"}
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path):
+    facts = {name: name for name in ("network", "options", "activation", "shape", "classes")}
+    for number in range(8):
+        save_weights(small(1), tmp_path / f"{number}.safetensors", facts)
+    assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(8)}) == 1
 
 
 @pytest.mark.parametrize("wrap", [

@@ -69,7 +69,11 @@ def _shapes(path: Path) -> tuple[list[int], int]:
             for value in (model.graph.input, model.graph.output)
         )
     except (onnx.checker.ValidationError, IndexError) as error:
-        raise StageError(f"{path} is not valid ONNX: {error}", fix="export the model again") from error
+        raise StageError(
+            f"{path} is not valid ONNX: {error}",
+            allowed="expected: a model of edgekd export",
+            fix="export the model again",
+        ) from error
     if len(image) != 4 or len(logits) != 2 or 0 in (*image[1:], logits[1]):
         raise StageError(
             f"{path} goes from {image} to {logits}",

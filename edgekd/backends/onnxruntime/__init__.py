@@ -78,7 +78,8 @@ class OnnxRuntime(Backend):
         except runner.FAILURES as error:
             raise StageError(
                 f"onnxruntime cannot load {onnx}: {_text(error)}",
-                fix="export the model again: the file is damaged, or asks for operators that this onnxruntime lacks",
+                allowed="the file is damaged, or asks for operators that this onnxruntime lacks",
+                fix="export the model again, or with a lower export.opset",
             ) from error
         return {**facts, "onnx": importlib.metadata.version("onnx")}
 

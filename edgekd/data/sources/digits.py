@@ -25,6 +25,7 @@ class digits:
         if spec is None or not spec.submodule_search_locations:
             raise MissingError(
                 'dataset "digits" is a file of the Python package scikit-learn, which is not installed',
+                allowed="it is read from that package, nothing is downloaded",
                 fix="pip install 'edgekd[train]'",
             )
         return [Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"]

@@ -1,0 +1,118 @@
+"""A real job that is as cheap as a job can be, and a store in which it has been done."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("edgekd", deadline=None)
+settings.load_profile("edgekd")
+
+TINY = """\
+name: tiny
+data: {source: digits, train_limit: 200, test_limit: 50}
+teacher:
+  network: resnet
+  depth: 8
+  width: 0.25
+  train: {epochs: 1}
+student:
+  network: resnet
+  depth: 8
+  width: 0.25
+  activation: lma
+distill:
+  method: kd
+  train: {epochs: 1}
+benchmark: {seconds: 0.1, launches: 6}
+"""
+_numbers = itertools.count()
+
+
+def make_job(store: Path, *overrides: str, recipe: str = TINY, target: str = "local"):
+    """The tiny job, or one that differs from it by overrides."""
+    from edgekd import recipe as recipes
+    from edgekd import target as targets
+    from edgekd.artifact import Store
+    from edgekd.stages import Job
+
+    return Job(
+        recipe=recipes.parse(recipe, name="tiny.yaml", overrides=overrides),
+        target=targets.load(target),
+        store=Store(store),
+        run_id=f"20260101-{next(_numbers):06}-tiny",
+        created="2026-01-01T00:00:00+00:00",
+        command="edgekd run tiny.yaml",
+    )
+
+
+@dataclass(frozen=True)
+class Done:
+    """A store in which the tiny job has been run to its end, once."""
+
+    store: Path
+    run_id: str
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory) -> Done:
+    """Not to be changed: `own_done` is a copy."""
+    from edgekd import pipeline
+
+    job = make_job(tmp_path_factory.mktemp("done") / "store")
+    pipeline.run(job, "bench")
+    return Done(job.store.root, job.run_id)
+
+
+@pytest.fixture
+def own_done(done, tmp_path) -> Done:
+    """A copy of `done`, for tests that change it."""
+    return Done(Path(shutil.copytree(done.store, tmp_path / "store")), done.run_id)
+
+
+@pytest.fixture
+def main(capsys):
+    """The command line in this process: main(argument, ...) gives (exit code, stdout, stderr)."""
+    from edgekd import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        return (ended.value.code or 0, *capsys.readouterr())
+
+    yield run
+    logging.captureWarnings(False)
+    for name in ("edgekd", "py.warnings"):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [], True
+        log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def edgekd(tmp_path):
+    """The command line in a process of its own, in an empty folder: edgekd(argument, ..., env={}) gives what it did."""
+
+    def start(*arguments: object, env: dict[str, str] | None = None, **options) -> subprocess.Popen[str]:
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path, **options}
+        plain = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "CI", "EDGEKD_STORE")}
+        argv = [sys.executable, "-m", "edgekd", *map(str, arguments)]
+        return subprocess.Popen(argv, env={**plain, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **(env or {})}, **options)
+
+    def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+        with start(*arguments, **options) as process:
+            out, err = process.communicate(timeout=100)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    run.start = start
+    return run

@@ -1,0 +1,182 @@
+"""Every registered method keeps the contract of the loop; `kd` and `scratch` compute their formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgekd import registry
+from edgekd.errors import RecipeError
+from edgekd.methods import Method, Step
+
+B, K = 12, 5
+METHODS = registry.names("method")
+
+
+@pytest.fixture
+def logits():
+    """Teacher's and student's, float32 [B, K], and labels [B]."""
+    rng = np.random.default_rng(0)
+    teacher, student = (rng.normal(0, 3, (B, K)).astype(np.float32) for _ in range(2))
+    return teacher, student, rng.integers(0, K, B)
+
+
+def step(teacher, student, labels) -> Step:
+    x = torch.from_numpy(student).requires_grad_()
+    return Step(
+        x, torch.from_numpy(labels), progress=0.5, student=lambda x: x * 1.0, teacher=lambda: torch.from_numpy(teacher)
+    )
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    x = np.exp(x.astype(np.float64) - x.max(1, keepdims=True))
+    return x / x.sum(1, keepdims=True)
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    return float(-np.log(softmax(logits)[np.arange(len(labels)), labels]).mean())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 7.5])
+@pytest.mark.parametrize("tau_squared", [True, False])
+@pytest.mark.parametrize("kl_reduction", ["batchmean", "mean"])
+@pytest.mark.parametrize(("kd_weight", "ce_weight"), [(0.7, None), (0.7, 1.0), (1.0, 0.0), (0.0, None), (3.0, 0.25)])
+def test_kd_computes_its_formula(logits, temperature, tau_squared, kl_reduction, kd_weight, ce_weight):
+    teacher, student, labels = logits
+    options = {"kd_weight": kd_weight, "ce_weight": ce_weight, "temperature": temperature, "tau_squared": tau_squared,
+               "kl_reduction": kl_reduction}  # fmt: skip
+    terms = registry.create("method", "kd", options=options)(step(teacher, student, labels))
+    p, q = softmax(teacher / temperature), softmax(student / temperature)
+    kl = (p * np.log(p / q)).sum() / (B if kl_reduction == "batchmean" else B * K)
+    expected_kd = kd_weight * kl * (temperature**2 if tau_squared else 1)
+    expected_ce = (1 - kd_weight if ce_weight is None else ce_weight) * cross_entropy(student, labels)
+    assert terms.keys() == {"ce", "kd"}
+    assert terms["kd"].item() == pytest.approx(expected_kd, rel=1e-5)
+    assert terms["ce"].item() == pytest.approx(expected_ce, rel=1e-5)
+
+
+def test_kd_has_the_gradient_of_its_formula(logits):
+    """tau^2 KL: tau (q - p) / B for each sample; cross-entropy: (softmax - one-hot) / B."""
+    teacher, student, labels = logits
+    batch = step(teacher, student, labels)
+    sum(registry.create("method", "kd", options={"temperature": 3.0, "kd_weight": 0.6})(batch).values()).backward()
+    softened = 3.0 * (softmax(student / 3.0) - softmax(teacher / 3.0)) / B
+    hard = (softmax(student) - np.eye(K)[labels]) / B
+    np.testing.assert_allclose(batch.x.grad.numpy(), 0.6 * softened + 0.4 * hard, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_scratch_computes_its_formula(logits, label_smoothing):
+    _, student, labels = logits
+    method = registry.create("method", "scratch", options={"label_smoothing": label_smoothing})
+    terms = method(Step(torch.from_numpy(student), torch.from_numpy(labels), progress=0.0, student=lambda x: x))
+    target = (1 - label_smoothing) * np.eye(K)[labels] + label_smoothing / K
+    assert terms.keys() == {"ce"}
+    assert terms["ce"].item() == pytest.approx(float(-(target * np.log(softmax(student))).sum(1).mean()), rel=1e-5)
+    assert not method.needs_teacher
+
+
+def test_a_step_computes_in_float32_once_and_without_gradient_for_the_teacher():
+    calls = []
+
+    def network(name):
+        layer = nn.Linear(3, K, dtype=torch.bfloat16)
+
+        def forward(*x):
+            calls.append(name)
+            return layer(torch.ones(B, 3, dtype=torch.bfloat16))
+
+        return forward
+
+    batch = Step(
+        torch.ones(B, 3), torch.zeros(B).long(), progress=0.0, student=network("student"), teacher=network("teacher")
+    )
+    assert calls == []
+    for _ in range(2):
+        assert batch.student_logits.dtype == batch.teacher_logits.dtype == torch.float32
+        assert batch.student_logits.requires_grad
+        assert not batch.teacher_logits.requires_grad
+    assert sorted(calls) == ["student", "teacher"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"temperature": 0.0},
+            "error: distill.temperature = 0.0 is not valid\n"
+            "       expected: above 0\n"
+            "fix:   --set distill.temperature=4",
+        ),
+        (
+            {"kd_weight": 1.5},
+            "error: distill.kd_weight = 1.5 leaves a negative weight\n"
+            "       expected: both weights at least 0\n"
+            "fix:   --set distill.kd_weight=0.7, or give distill.ce_weight",
+        ),
+        ({"kl_reduction": "sum"}, "error: distill.kl_reduction = "),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(RecipeError) as caught:
+        registry.create("method", "kd", options=options, where="distill")
+    assert str(caught.value).startswith(message)
+    assert caught.value.key == f"distill.{next(iter(options))}"
+
+
+def pair() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, K))
+    teacher = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, K))
+    return student, teacher.eval().requires_grad_(False)
+
+
+def attached(name: str, student: nn.Module, teacher: nn.Module) -> Method:
+    torch.manual_seed(1)
+    method = registry.create("method", name)
+    method.attach(student, teacher if method.needs_teacher else None)
+    return method
+
+
+def one_step(method: Method, student: nn.Module, teacher: nn.Module) -> dict[str, torch.Tensor]:
+    torch.manual_seed(2)
+    x, y = torch.randn(B, 1, 8, 8), torch.randint(0, K, (B,))
+    given = (lambda: teacher(x)) if method.needs_teacher else None
+    return method(Step(x, y, progress=0.25, student=student, teacher=given))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_teaches_the_student_and_leaves_the_teacher(name):
+    student, teacher = pair()
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    method = attached(name, student, teacher)
+    terms = one_step(method, student, teacher)
+    assert terms
+    assert all(term.shape == () and term.isfinite() for term in terms.values())
+    sum(terms.values()).backward()
+    learned = [*student.parameters(), *method.parameters()]
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in learned)
+    assert any(parameter.grad.abs().sum() > 0 for parameter in student.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not teacher.training
+    for key, value in teacher.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    owned = {id(parameter) for parameter in method.parameters()}
+    assert owned.isdisjoint(id(parameter) for network in (student, teacher) for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_state_of_every_method_is_in_its_state_dict(name):
+    student, teacher = pair()
+    method = attached(name, student, teacher)
+    one_step(method, student, teacher)
+    saved = {key: value.clone() for key, value in method.state_dict().items()}
+    expected = one_step(method, student, teacher)
+    again = attached(name, student, teacher)
+    again.load_state_dict(saved)
+    terms = one_step(again, student, teacher)
+    assert terms.keys() == expected.keys()
+    for key in terms:
+        assert terms[key].item() == expected[key].item()

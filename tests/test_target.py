@@ -1,0 +1,93 @@
+"""Targets: what a good one means, and what every bad one gets."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgekd import target
+from edgekd.errors import RecipeError
+
+GOOD = """\
+name: mine
+backends:
+- onnxruntime: {graph_optimization: basic}
+- "null"
+threads: 2
+"""
+
+
+@pytest.mark.parametrize("name", target.names())
+def test_shipped_targets_load(name):
+    made = target.load(name)
+    assert made.name == name and made.description
+
+
+def test_the_options_of_backends_are_completed(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(GOOD)
+    first, second = target.load(str(file)).choices
+    assert first.options == {"providers": ["CPUExecutionProvider"], "graph_optimization": "basic"}
+    assert second == ("null", {"latency_ms": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("change", "lines"),
+    [
+        (("threads: 2", "threds: 2"), [
+            "error: mine.yaml:5: threds is not a known key",
+            '       known: backends, description, device, name, opset, threads   (closest: "threads")',
+            "fix:   write threads, or see the shipped targets: edgekd list targets"]),
+        (("threads: 2", "threads: 0"), [
+            "error: mine.yaml:5: threads = 0 is not valid",
+            "       expected: int; threads of one inference   (should be greater than or equal to 1)",
+            "fix:   correct threads, or see the shipped targets: edgekd list targets"]),
+        (("name: mine\n", ""), [
+            "error: mine.yaml: name is missing",
+            "       expected: str",
+            "fix:   add name, or see the shipped targets: edgekd list targets"]),
+        (("onnxruntime: {graph_optimization: basic}", "onnxrt"), [
+            'error: mine.yaml:3: backends.0 = "onnxrt" is not a known backend',
+            '       known: null, onnxruntime   (closest: "onnxruntime")',
+            'fix:   set backends.0 = "onnxruntime", or see: edgekd list backends']),
+        (("graph_optimization", "graph"), [
+            "error: mine.yaml:3: backends.0.onnxruntime.graph is not a known key or option of backend onnxruntime",
+            "       known: graph_optimization, providers",
+            "fix:   see: edgekd list backends"]),
+        (('"null"', "{}"), [
+            "error: mine.yaml:4: backends.1 must name one backend, not 0",
+            "       expected: NAME, or {NAME: {option: value}}",
+            "fix:   name one, see: edgekd list backends"]),
+        (('"null"', "null"), [
+            "error: mine.yaml:4: backends.1 = null is not valid",
+            "       expected: list of str | mapping; in order of preference: NAME, or {NAME: {option: value}}"
+            "   (should be a valid string)",
+            "fix:   correct backends.1, or see the shipped targets: edgekd list targets"]),
+    ],
+)  # fmt: skip
+def test_what_a_bad_target_gets(tmp_path, monkeypatch, change, lines):
+    monkeypatch.chdir(tmp_path)
+    assert change[0] in GOOD
+    (tmp_path / "mine.yaml").write_text(GOOD.replace(*change, 1))
+    with pytest.raises(RecipeError) as caught:
+        target.load("mine.yaml")
+    assert str(caught.value).splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("lcal", [
+            'error: target = "lcal" is not a known target',
+            '       known: local   (closest: "local")',
+            'fix:   use "local", or see: edgekd list targets, or name a .yaml file']),
+        ("nope.yaml", [
+            "error: the target nope.yaml cannot be read: No such file or directory",
+            "       expected: a YAML file in UTF-8",
+            "fix:   see: edgekd list targets, or name a .yaml file"]),
+    ],
+)  # fmt: skip
+def test_a_target_that_is_not_there(tmp_path, monkeypatch, source, lines):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        target.load(source)
+    assert str(caught.value).splitlines() == lines
