@@ -1,4 +1,4 @@
-"""`python -m edgekd`: the command line, also for `accelerate launch -m edgekd`, which starts modules and not scripts."""
+"""`python -m edgekd`: the command line as a module, which is what `accelerate launch -m edgekd` starts."""
 
 from edgekd.cli import main
 

@@ -263,12 +263,10 @@ class _Run:
         return right / len(self.dataset.val), loss / len(self.dataset.val)
 
     def _diverged(self, what: str) -> StageError:
-        saved = (self.work / CHECKPOINT).exists()
+        saved = f"the last good checkpoint stays in {self.work}", "no checkpoint was written before it"
         return StageError(
             f"the loss is not finite by step {self.done} of {self.total} (epoch {self.epoch + 1}): {what}",
-            allowed=f"the last good checkpoint stays in {self.work}"
-            if saved
-            else "no checkpoint was written before it",
+            allowed=saved[0] if (self.work / CHECKPOINT).exists() else saved[1],
             fix="lower train.lr, set train.clip=1, or look for extreme values in the data",
         )
 

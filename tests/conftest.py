@@ -1,74 +1,28 @@
-"""A real job that is as cheap as a job can be, and a store in which it has been done."""
+"""A store in which a cheap real job has been done, and the command line."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from tiny_job import Done, make_job
+
+from edgekd import cli, pipeline
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("edgekd", deadline=None)
 settings.load_profile("edgekd")
 
-TINY = """\
-name: tiny
-data: {source: digits, train_limit: 200, test_limit: 50}
-teacher:
-  network: resnet
-  depth: 8
-  width: 0.25
-  train: {epochs: 1}
-student:
-  network: resnet
-  depth: 8
-  width: 0.25
-  activation: lma
-distill:
-  method: kd
-  train: {epochs: 1}
-benchmark: {seconds: 0.1, launches: 6}
-"""
-_numbers = itertools.count()
-
-
-def make_job(store: Path, *overrides: str, recipe: str = TINY, target: str = "local"):
-    """The tiny job, or one that differs from it by overrides."""
-    from edgekd import recipe as recipes
-    from edgekd import target as targets
-    from edgekd.artifact import Store
-    from edgekd.stages import Job
-
-    return Job(
-        recipe=recipes.parse(recipe, name="tiny.yaml", overrides=overrides),
-        target=targets.load(target),
-        store=Store(store),
-        run_id=f"20260101-{next(_numbers):06}-tiny",
-        created="2026-01-01T00:00:00+00:00",
-        command="edgekd run tiny.yaml",
-    )
-
-
-@dataclass(frozen=True)
-class Done:
-    """A store in which the tiny job has been run to its end, once."""
-
-    store: Path
-    run_id: str
-
 
 @pytest.fixture(scope="session")
 def done(tmp_path_factory) -> Done:
     """Not to be changed: `own_done` is a copy."""
-    from edgekd import pipeline
-
     job = make_job(tmp_path_factory.mktemp("done") / "store")
     pipeline.run(job, "bench")
     return Done(job.store.root, job.run_id)
@@ -83,7 +37,6 @@ def own_done(done, tmp_path) -> Done:
 @pytest.fixture
 def main(capsys):
     """The command line in this process: main(argument, ...) gives (exit code, stdout, stderr)."""
-    from edgekd import cli
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()

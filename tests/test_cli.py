@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
+from tiny_job import TINY
 
 import edgekd as package
 from edgekd import cli, registry

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,7 @@ from torch.nn import functional as F
 from edgekd import data, distill, networks
 from edgekd.methods import Method, Step
 from edgekd.recipe import Augment, Train
+from edgekd.training_log import METRICS
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["edgekd.distill", "edgekd.networks", "sklearn.datasets"])
@@ -49,6 +54,7 @@ class Scaled(Method):
 def train_here(folder: Path, environment: dict[str, str], train: dict, augment: dict, cached: bool) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    distill.CHECKPOINT_SECONDS, distill.LOOK_EVERY = 0.0, 4
     dataset = data.load("digits", {}, train_limit=420)
     network = networks.build("test_distributed:without_batch_norm", {}, dataset.shape, 10, ("lma", {}), 0)
     teacher = networks.build("resnet", {"depth": 8, "width": 0.25}, dataset.shape, 10, ("relu", {}), 1)
@@ -64,28 +70,25 @@ def train_here(folder: Path, environment: dict[str, str], train: dict, augment: 
         torch.distributed.destroy_process_group()
 
 
+def start(folder: Path, processes: int, **arguments) -> list[multiprocessing.Process]:
+    """Begin to train in that many processes."""
+    folder.mkdir(exist_ok=True)
+    shared = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        shared |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    children = []
+    for rank in map(str, range(processes)):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(processes)} if processes > 1 else {}
+        children.append(FORKED.Process(target=train_here, args=(folder, shared | own, *arguments.values())))
+        children[-1].start()
+    return children
+
+
 def run(folder: Path, processes: int, **arguments) -> list[tuple[dict[str, np.ndarray], list]]:
     """Train in that many processes: weights and (kept epoch, scale, metrics) of each."""
-    folder.mkdir()
-    shared = {
-        "ACCELERATE_USE_CPU": "1",
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    several = [
-        shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
-        for rank in range(processes)
-    ]
-    children = [
-        FORKED.Process(target=train_here, args=(folder, environment, *arguments.values()))
-        for environment in (several if processes > 1 else [{"ACCELERATE_USE_CPU": "1"}])
-    ]
+    children = start(folder, processes, **arguments)
     for child in children:
-        child.start()
-    for child in children:
-        child.join(100)
+        child.join(150)
     exits = [child.exitcode for child in children]
     for child in children:
         child.kill()
@@ -139,3 +142,100 @@ def test_two_processes_train_like_one_with_the_doubled_batch(train, augment, cac
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
     assert len(list((tmp_path / "two" / "work" / "tensorboard").iterdir())) == 1  # the first process alone writes
     assert epochs[-1]["train_loss_ce"] < 0.9 * epochs[0]["train_loss_ce"]  # or equal curves would mean little
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_to_the_same_end(tmp_path):
+    arguments = {"train": {**SGD, "batch_size": 8}, "augment": {"crop": 1}, "cached": False}
+    whole = run(tmp_path / "whole", 2, **arguments)
+    for epochs in (1, 2):
+        children = start(tmp_path / "killed", 2, **arguments)
+        file = tmp_path / "killed" / "work" / METRICS
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and (not file.exists() or len(file.read_text().splitlines()) < epochs):
+            time.sleep(0.005)
+        time.sleep(0.1)  # somewhere in the next epoch
+        for child in children:
+            child.kill()
+            child.join()
+    resumed = run(tmp_path / "killed", 2, **arguments)
+    for (found, (kept, scale, epochs)), (expected, (*others, other_epochs)) in zip(resumed, whole, strict=True):
+        assert [kept, scale] == others
+        assert without_seconds(epochs) == without_seconds(other_epochs)
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+RECIPE = """\
+name: several
+data: {source: digits, train_limit: 200, test_limit: 50}
+teacher: {network: resnet, depth: 8, width: 0.25, train: {epochs: 1, batch_size: 16}}
+student: {network: resnet, depth: 8, width: 0.25, activation: lma}
+distill: {method: kd, train: {epochs: 2, batch_size: 16}}
+"""
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`accelerate launch` of the command line in two processes on the CPU."""
+    (folder / "several.yaml").write_text(RECIPE)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", str(free_port()), "-m", "edgekd", *arguments]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=240)
+        assert living(process.pid) == []
+        return process.returncode, out, err
+    finally:
+        for pid in living(process.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def living(session: int) -> list[int]:
+    """The processes of a session, from /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, *_, sid = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # ended just now
+            continue
+        if int(sid) == session and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_command_line_in_two_processes(tmp_path):
+    code, out, err = finished(launch(tmp_path, "distill", "several.yaml"))
+    assert (code, err.count("[1/3] teacher"), err.count("Traceback")) == (0, 2, 0), err  # at its start and at its end
+    assert out.count("Student, distilled") == 1  # the first process alone prints
+    stored = sorted(path.parent.name for path in (tmp_path / ".edgekd" / "store").glob("*/*"))
+    assert stored == ["scratch", "student", "teacher"]
+    assert len(list((tmp_path / ".edgekd" / "runs").iterdir())) == 1
+    # A second time there is nothing to train; nor is there a teacher to train when it comes from a checkpoint.
+    (weights,) = (tmp_path / ".edgekd" / "store" / "teacher").glob("*/weights.safetensors")
+    for arguments in ([], ["--set", f"teacher.checkpoint={weights}"]):
+        code, out, err = finished(launch(tmp_path, "distill", "several.yaml", *arguments))
+        assert (code, err.count("student") > 0, out.count("Student, distilled")) == (0, True, 1), err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_error_in_two_processes_is_told_once_and_ends_both(tmp_path):
+    code, _, err = finished(launch(tmp_path, "distill", "several.yaml", "--set", "teacher.train.lr=1e30"))
+    assert code != 0
+    assert err.count("error: the loss is not finite") == 1, err
+    assert not list((tmp_path / ".edgekd" / "store").glob("*/*"))

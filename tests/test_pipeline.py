@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import TINY, make_job
+from tiny_job import TINY, make_job
 
 from edgekd import pipeline
 from edgekd.artifact import LOG

@@ -2,7 +2,7 @@
 
 A pair (QuantizeLinear, DequantizeLinear) stands
 - on both inputs of a layer (Conv, Gemm, MatMul with constant weights), weights per output channel;
-- on the output of a layer, except before the ReLU or Clip that fuses with it, before the addition that it feeds, and
+- on the output of a layer, behind the ReLU or Clip that fuses with it, except before the addition that it feeds and
   where it is an output of the graph;
 - on the skip input of a residual addition, not on its branch;
 - on the input of an LMA, and nowhere inside: it is one function, computed in float between DQ and Q;
@@ -23,7 +23,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from edgekd.quantize.calibration import LARGEST
-from edgekd.quantize.graph import Graph, Layer, copied
+from edgekd.quantize.graph import Graph, Layer, copied, lma_name
 
 QUANTIZED, DEQUANTIZED = "_quantized", "_dequantized"
 ZERO_POINT = "zero_point_int8"
@@ -53,9 +53,10 @@ def pairs(graph: Graph, keep_float: Collection[str] = ()) -> dict[str, set[Reade
         read(layer.input, layer.node)
         if mover := graph.first_mover(layer.input):
             read(mover.input[0], mover)
-        for user in _rounded_users(graph, layer):
+        made = _fused_output(graph, layer)
+        for user in _rounded_users(graph, made):
             if id(user) not in kept_nodes:
-                read(layer.output, user)
+                read(made, user)
     for region in graph.lma:
         if region.name not in keep_float and region.input not in kept_outputs:
             for node in region.nodes:
@@ -142,10 +143,15 @@ def weight_scales(layer: Layer) -> npt.NDArray[np.float32]:
     return np.where(largest > 0, largest / np.float32(LARGEST), 1).astype(np.float32)
 
 
-def _rounded_users(graph: Graph, layer: Layer) -> Iterator[onnx.NodeProto]:
+def _fused_output(graph: Graph, layer: Layer) -> str:
+    """What a layer makes together with the ReLU or Clip that fuses with it."""
     users = graph.users[layer.output]
-    if len(users) == 1 and users[0].op_type in FUSED:
-        return
-    branches = {id(residual.node) for residual in graph.residuals if residual.branch == layer.output}
-    inside = {id(node) for region in graph.lma if region.input == layer.output for node in region.nodes}
-    yield from (user for user in users if id(user) not in branches | inside)
+    fused = len(users) == 1 and users[0].op_type in FUSED and not lma_name(users[0])
+    return str(users[0].output[0]) if fused else layer.output
+
+
+def _rounded_users(graph: Graph, tensor: str) -> Iterator[onnx.NodeProto]:
+    """Who reads what a layer made, but for the addition whose branch it is."""
+    branches = {id(residual.node) for residual in graph.residuals if residual.branch == tensor}
+    inside = {id(node) for region in graph.lma if region.input == tensor for node in region.nodes}
+    yield from (user for user in graph.users[tensor] if id(user) not in branches | inside)

@@ -201,7 +201,7 @@ def test_an_unknown_source_and_option():
     with pytest.raises(RecipeError, match='"digit" is not a known dataset') as error:
         data.load("digit", {})
     assert 'closest: "digits"' in error.value.allowed
-    with pytest.raises(RecipeError, match="data.path is not a known key or option of dataset digits"):
+    with pytest.raises(RecipeError, match=r"data\.path is not a known key or option of dataset digits"):
         data.load("digits", {"path": "x"})
 
 
