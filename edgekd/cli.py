@@ -36,7 +36,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 RecipeArgument = Annotated[
-    str | None, typer.Argument(metavar="[RECIPE]", help="A file, or a shipped recipe's name. Default: ./edgekd.yaml")
+    str | None, typer.Argument(metavar="RECIPE", help="A file, or a shipped recipe's name. Default: ./edgekd.yaml")
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
@@ -196,6 +196,9 @@ def doctor(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: every error becomes three lines and an exit code, never a traceback."""
+    # Read by OpenMP when torch loads. Waiting threads spin by default: on a machine that does anything else, training
+    # small networks with two threads then takes tens of times as long as with one (DECISIONS.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a character
     sys.exit(_exit_code(sys.argv[1:] if arguments is None else arguments))

@@ -114,6 +114,12 @@ def evaluation_batch(dataset: Dataset) -> int:
     return max(1, min(EVALUATION_BATCH, EVALUATION_VALUES // (shape.channels * shape.height * shape.width)))
 
 
+def processes() -> accelerate.PartialState:
+    """This process's device and its place among all; the first call connects them, on the CPU where there is no GPU."""
+    asked_for = accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")  # by `accelerate launch --cpu`
+    return accelerate.PartialState(cpu=asked_for or not torch.accelerator.is_available())
+
+
 class _Learner(nn.Module):
     """Student and method as the one module that accelerate wraps: the processes average the gradients of both."""
 
@@ -140,6 +146,7 @@ class _Run:
         self, network: nn.Module, dataset: Dataset, spec: Train, method: Method, teacher: nn.Module | None,
         augment: Augment, seed: int, work: Path, logits_cache: Path | None,
     ) -> None:  # fmt: skip
+        processes()
         AcceleratorState._reset_state(reset_partial_state=False)  # teacher and student may differ in precision
         self.accelerator = accelerate.Accelerator(mixed_precision="no" if spec.precision == "fp32" else spec.precision)
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index

@@ -139,16 +139,14 @@ class Job:
 
 def teacher(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     """Train the teacher, or load the user's checkpoint; and measure it."""
-    from accelerate import PartialState
-
-    from edgekd import networks
+    from edgekd import distill, networks
 
     network, spec = job.build("teacher"), job.recipe.teacher
     if spec.checkpoint is None:
         trained = _train(job, network, spec.train, registry.create("method", "scratch"), None, work, None)
         return _network_result(job, "teacher", network, trained, out, work)
     networks.load_weights(network, spec.checkpoint)
-    return _network_result(job, "teacher", network.to(PartialState().device), None, out, work)
+    return _network_result(job, "teacher", network.to(distill.processes().device), None, out, work)
 
 
 def scratch(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
@@ -266,11 +264,10 @@ def _network_result(
 ) -> dict[str, Any]:
     """Measure a network on the test split, once, and write what the stages below it read."""
     import torch
-    from accelerate import PartialState
 
     from edgekd import activations, distill, networks
 
-    if not PartialState().is_main_process:
+    if not distill.processes().is_main_process:
         return {}  # a helper of a distributed run has helped to train; the first process measures and stores
     job.on_progress(1.0, "measuring on the test set")
     dataset, part = job.dataset, job.part(subject)

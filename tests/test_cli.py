@@ -197,13 +197,18 @@ def test_json_is_one_document_also_when_it_fails(main, tiny, arguments):
     assert err == f"error: {parts['what']}\n       {parts['allowed']}\nfix:   {parts['fix']}\n"
 
 
-def test_json_is_the_report_when_only_the_verdict_is_bad(main, tiny, own_done):
-    code, out, err = main(
-        "run", "tiny.yaml", "--store", own_done.store, "--json", "-q", "--set", "budgets.speedup=1000"
-    )
-    assert json.loads(out)["verdict"]["budgets"][0]["met"] is False
+def test_a_second_run_only_measures_and_its_json_is_the_report_also_when_the_verdict_is_bad(main, tiny, own_done):
+    planned = [one["action"] for one in json.loads(main("plan", "tiny.yaml", "--store", own_done.store, "--json")[1])]
+    code, out, err = main("run", "tiny.yaml", "--store", own_done.store, "--json", "--set", "budgets.speedup=1000")
+    report, told = json.loads(out), [line.split() for line in err.splitlines() if line.startswith("[")]
+    assert planned == ["reuse"] * 7 + ["run"]
+    assert [line[2] for line in told[:7]] == ["reused"] * 7 and {line[1] for line in told[7:]} == {"bench"}
+    assert report["verdict"]["budgets"][0]["met"] is False
     assert code in (BudgetMissed.exit_code, ResultInvalid.exit_code)  # this machine may be too busy for a valid one
-    assert error(err)
+    assert error("\n".join(err.splitlines()[-3:]))
+    assert sorted(path.name for path in (own_done.store / "runs").iterdir()) == sorted(
+        [own_done.run_id, report["run_id"]]
+    )
 
 
 # --- the verdict --------------------------------------------------------------------------------------------------

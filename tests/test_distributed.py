@@ -25,6 +25,8 @@ from edgekd.recipe import Augment, Train
 from edgekd.training_log import METRICS
 
 FORKED = multiprocessing.get_context("forkserver")
+# Without a GPU nobody has to say that it is to be the CPU.
+ON_CPU = {"ACCELERATE_USE_CPU": "1"} if torch.accelerator.is_available() else {}
 FORKED.set_forkserver_preload(["edgekd.distill", "edgekd.networks", "sklearn.datasets"])
 
 
@@ -73,7 +75,7 @@ def train_here(folder: Path, environment: dict[str, str], train: dict, augment: 
 def start(folder: Path, processes: int, **arguments) -> list[multiprocessing.Process]:
     """Begin to train in that many processes."""
     folder.mkdir(exist_ok=True)
-    shared = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    shared = {"OMP_NUM_THREADS": "1"} | ON_CPU
     if processes > 1:
         shared |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     children = []
@@ -181,7 +183,7 @@ def launch(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", str(free_port()), "-m", "edgekd", *arguments]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **ON_CPU}
     return subprocess.Popen(
         command,
         cwd=folder,

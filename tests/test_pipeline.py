@@ -145,16 +145,6 @@ def events(job, last: str) -> list[tuple[str, str]]:
     return seen
 
 
-def test_a_second_run_reuses_everything_but_the_measurement(own_done):
-    job = make_job(own_done.store)
-    planned = [(one.stage, one.action) for one in pipeline.plan(job, "bench")]
-    assert {stage for stage, action in planned if action == "run"} == BENCH
-    seen = events(job, "bench")
-    assert [event for event in seen if event[1] != "done"] == planned
-    assert [stage for stage, what in seen if what == "done"] == [stage for stage, _ in planned]
-    assert job.store.runs() == sorted([own_done.run_id, job.run_id])
-
-
 def test_a_run_does_what_was_planned(own_done):
     job = make_job(own_done.store, "distill.temperature=2")
     planned = [(one.stage, one.action) for one in pipeline.plan(job, "student")]

@@ -138,7 +138,7 @@ def test_a_checkpoint_of_another_network(artifacts, tmp_path):
 
 HALF_TRACEABLE = """
     import torch
-    
+    from torch import nn
 
     class Half(nn.Module):
         def __init__(self, num_classes):

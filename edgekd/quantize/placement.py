@@ -151,7 +151,7 @@ def _fused_output(graph: Graph, layer: Layer) -> str:
 
 
 def _rounded_users(graph: Graph, tensor: str) -> Iterator[onnx.NodeProto]:
-    """Who reads what a layer made, but for the addition whose branch it is."""
-    branches = {id(residual.node) for residual in graph.residuals if residual.branch == tensor}
+    """Who reads what a layer made, but for residual additions and LMA layers, which have rules of their own."""
+    additions = {id(residual.node) for residual in graph.residuals}
     inside = {id(node) for region in graph.lma if region.input == tensor for node in region.nodes}
-    yield from (user for user in graph.users[tensor] if id(user) not in branches | inside)
+    yield from (user for user in graph.users[tensor] if id(user) not in additions | inside)
