@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import contextlib
 import io
@@ -20,6 +21,7 @@ from torch import nn
 
 from edgekd import __version__, activations
 from edgekd.errors import ExportError
+from edgekd.quantize import LMA_MARK
 
 Array = npt.NDArray[np.float32]
 
@@ -103,11 +105,27 @@ def _reason(error: BaseException) -> str:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drop the exporter's notes on every node: stack traces with paths of this machine, most of a small file."""
+    """Drop the exporter's notes: stack traces with paths of this machine, most of a small file. What stays of them is
+    which nodes make up which LMA layer: whoever rewrites the graph has to leave those together."""
     graph = model.graph
-    for described in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+    for node in graph.node:
+        layer = _lma_of(node)
+        del node.metadata_props[:]
+        node.doc_string = ""
+        if layer:
+            node.metadata_props.add(key=LMA_MARK, value=layer)
+    for described in (*graph.value_info, *graph.input, *graph.output, *graph.initializer):
         del described.metadata_props[:]
         described.doc_string = ""
+
+
+def _lma_of(node: onnx.NodeProto) -> str:
+    """The name of the LMA layer that a node is a part of, or nothing."""
+    notes = {entry.key: entry.value for entry in node.metadata_props}
+    classes = ast.literal_eval(notes.get("pkg.torch.onnx.class_hierarchy", "[]"))
+    scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
+    frozen = f"{activations.FrozenLMA.__module__}.{activations.FrozenLMA.__qualname__}"
+    return next((scope for name, scope in zip(classes, scopes, strict=False) if name == frozen), "")
 
 
 @contextlib.contextmanager

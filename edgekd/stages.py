@@ -44,6 +44,8 @@ CURVES = "activations.json"
 MODEL = "model.onnx"
 # What a backend compiled: the folder that goes to the device, and nothing else of the artifact.
 ENGINE = "engine"
+# Less work than this is not shared by threads: on a busy machine they mostly wait for each other.
+SMALL_MACS = 1e11
 _log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
@@ -182,7 +184,8 @@ def onnx(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[
     )  # fmt: skip
     job.on_progress(0.5, "comparing with torch")
     try:
-        logits = _test_logits(job, _reference(out / MODEL, work))
+        small = inputs[subject].result["macs"] * len(test) < SMALL_MACS
+        logits = _test_logits(job, _reference(out / MODEL, work, threads=1 if small else len(os.sched_getaffinity(0))))
     except Exception as error:  # ONNX Runtime's own, which have no common class
         raise ExportError(
             f"ONNX Runtime cannot run {subject}.onnx: {(str(error).splitlines() or [type(error).__name__])[0]}",
@@ -321,12 +324,12 @@ def _metadata(job: Job, subject: str, artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _reference(model: Path, work: Path) -> Callable[[Array], Array]:
+def _reference(model: Path, work: Path, threads: int) -> Callable[[Array], Array]:
     """ONNX Runtime on the CPU, which says what an ONNX file computes."""
     reference: Backend = registry.create("backend", "onnxruntime")
     folder = work / "reference"
     folder.mkdir(exist_ok=True)
-    reference.compile(model, folder, threads=len(os.sched_getaffinity(0)))
+    reference.compile(model, folder, threads=threads)
     engine = Engine("reference", folder, reference.runner, reference.name)
     run: Callable[[Array], Array] = backends.load_runner(engine).run
     return run

@@ -90,7 +90,7 @@ def run(folder: Path, processes: int, **arguments) -> list[tuple[dict[str, np.nd
     """Train in that many processes: weights and (kept epoch, scale, metrics) of each."""
     children = start(folder, processes, **arguments)
     for child in children:
-        child.join(150)
+        child.join(280)
     exits = [child.exitcode for child in children]
     for child in children:
         child.kill()
@@ -153,7 +153,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_end(tmp_path):
     for epochs in (1, 2):
         children = start(tmp_path / "killed", 2, **arguments)
         file = tmp_path / "killed" / "work" / METRICS
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 250
         while time.monotonic() < deadline and (not file.exists() or len(file.read_text().splitlines()) < epochs):
             time.sleep(0.005)
         time.sleep(0.1)  # somewhere in the next epoch

@@ -15,7 +15,7 @@ import edgekd
 LAYERS = (
     "errors", "yamlfile", "registry", "artifact", "recipe", "target",
     "data", "activations", "networks", "methods",
-    "learning_rate", "checkpoint", "teacher_logits", "training_log", "distill", "parity", "export", "quantize",
+    "learning_rate", "checkpoint", "teacher_logits", "training_log", "distill", "parity", "quantize", "export",
     "backends", "device", "stats", "bench", "stages", "pipeline",
     "report", "catalog", "starter", "terminal", "cli", "__main__",
 )  # fmt: skip
