@@ -3,6 +3,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Threads that wait for each other sleep: on a machine that does anything else, spinning ones starve each other.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench clean
 
@@ -26,6 +29,7 @@ bench: $(VENV)/dev ## the speed of edgekd itself, against its peers
 	$(BIN)/python benchmarks/lma_step.py
 	$(BIN)/python benchmarks/lma_onnx.py
 	$(BIN)/python benchmarks/agent_overhead.py
+	$(BIN)/python benchmarks/ptq.py
 
 clean: ## remove the environment, caches and build products; results in .edgekd stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
