@@ -87,7 +87,7 @@ def parity(network: nn.Module, images: Images, expected: Array, got: Array, tole
     error[np.isnan(error)] = np.inf
     relative = error / np.maximum(1, np.abs(expected).max(1))
     beyond = np.flatnonzero(~(relative <= tolerance))
-    unexplained = _unexplained(network, images, expected, error, beyond[np.argsort(-error[beyond], kind="stable")])
+    unexplained = _unexplained(network, images, error, beyond[np.argsort(-error[beyond], kind="stable")])
     worst = int(unexplained[0]) if len(unexplained) else int(np.argmax(relative))
     return Parity(
         samples=len(expected),
@@ -103,23 +103,28 @@ def parity(network: nn.Module, images: Images, expected: Array, got: Array, tole
     )
 
 
-@torch.no_grad()
-def _unexplained(network: nn.Module, images: Images, expected: Array, error: Array, beyond: Array) -> Array:
+def _unexplained(network: nn.Module, images: Images, error: Array, beyond: Array) -> Array:
     """Of the samples `beyond` the tolerance, the worst first: those that torch does not explain; looks no farther than
     the first hundred of which one is left."""
     rng = np.random.default_rng(0)
     for chunk in (beyond[at : at + CHUNK] for at in range(0, len(beyond), CHUNK)):
+        x = images(chunk)
+        still, reach = _logits(network, x), NUDGE * np.abs(x).max((1, 2, 3), keepdims=True)
+        moved = np.zeros(len(chunk))
         for _ in range(NUDGES):
-            x = images(chunk)
-            largest = np.abs(x).max((1, 2, 3), keepdims=True)
-            nudged = (x + NUDGE * largest * rng.standard_normal(x.shape)).astype(np.float32)
-            moved = np.abs(network(torch.from_numpy(nudged)).numpy() - expected[chunk]).max(1)
-            chunk = chunk[~(error[chunk] <= MARGIN * moved)]
-            if not len(chunk):
+            nudged = (x + reach * rng.standard_normal(x.shape)).astype(np.float32)
+            moved = np.maximum(moved, np.abs(_logits(network, nudged) - still).max(1))
+            if (error[chunk] <= MARGIN * moved).all():
                 break
-        if len(chunk):
-            return chunk
+        else:
+            return chunk[~(error[chunk] <= MARGIN * moved)]
     return beyond[:0]
+
+
+@torch.no_grad()
+def _logits(network: nn.Module, x: Array) -> Array:
+    logits: Array = network(torch.from_numpy(x)).numpy()
+    return logits
 
 
 def _row(logits: list[float]) -> str:

@@ -358,7 +358,7 @@ def test_an_install_without_torch(arguments, own_done, tmp_path, edgekd):
 )
 def test_training_without_torch(arguments, what, own_done, tmp_path, edgekd):
     (tmp_path / "tiny.yaml").write_text(TINY)
-    store = own_done.store if "export" in arguments else tmp_path / "store"
+    store = own_done.store if "export" in arguments else tmp_path / "new"
     ran = edgekd(*arguments[:1], "tiny.yaml", *arguments[1:], "--store", store, "-q", env=without("torch", tmp_path))
     assert (ran.returncode, ran.stdout, error(ran.stderr)) == (3, "", what)
 

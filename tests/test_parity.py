@@ -141,7 +141,15 @@ def test_a_graph_that_is_wrong_everywhere_is_found_at_once():
     calls.clear()
     found = parity(network, lambda index: IMAGES[index], expected, expected + 1, 1e-3)
     assert found.unexplained == 100  # of the worst hundred; it looks no farther
-    assert sum(calls) == 1600
+    assert sum(calls) == 1700
+
+
+def test_logits_that_are_not_those_of_the_network_are_found():
+    """What torch is said to have computed is not what it computes: no nudge explains that."""
+    expected = logits(Jumping())
+    expected[31, 2] += 0.5
+    found = parity(Jumping(), lambda index: IMAGES[index], expected, logits(Jumping()), 1e-3)
+    assert (found.unexplained, found.worst_sample) == (1, 31)
 
 
 def test_other_shapes():

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import make_job
+from tiny_job import make_job
 
 from edgekd import networks, pipeline, stages
 from edgekd.artifact import LOG, Artifact

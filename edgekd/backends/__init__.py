@@ -8,7 +8,7 @@ copied there as a file, so it imports nothing but the standard library, numpy an
     Runner.run(x) -> logits           # x float32 [B, C, H, W] -> float32 [B, K]
     Runner.facts                      # dict: runtime, version and what is really used (providers, threads)
 
-To add a backend, write such a folder; tests/backends/test_conformance.py then tests it on arrival.
+To add a backend, write such a folder; tests/backends/test_backend_conformance.py then tests it on arrival.
 """
 
 from __future__ import annotations
