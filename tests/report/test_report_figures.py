@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
-from tiny_job import a_latency, a_layer, a_matrix
+from report_parts import a_latency, a_layer, a_matrix
 
 from edgekd.report import figures, tables
 from edgekd.report.document import Activation, Confusion, Latency

@@ -1,0 +1,189 @@
+"""A report as a run would make it, every number from a seeded generator or a formula."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def a_latency(median_ms: float, rss_bytes: int, seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    samples = median_ms * rng.lognormal(0, 0.06, 6000)
+    samples[rng.random(6000) < 0.004] *= 2.5
+    return {
+        **{f"p{q}_ms": float(np.percentile(samples, q)) for q in (50, 90, 99)},
+        "mean_ms": float(samples.mean()),
+        "std_ms": float(samples.std()),
+        "n": len(samples),
+        "warmup_n": 200,
+        "throughput_per_s": float(1000 / samples.mean()),
+        "load_ms": 9 * median_ms,
+        "peak_rss_bytes": rss_bytes,
+        "samples_file": f"samples-{seed}.csv",
+        "p90_early_stopping_ms": float(np.percentile(samples, 90.8)),
+        "p99_early_stopping_ms": float(np.percentile(samples, 99.4)),
+        "import_ms": 310.0,
+        "samples_ms": samples.tolist(),
+        "samples_time_s": np.linspace(0.2, 59.8, 6000).tolist(),
+    }
+
+
+def a_training(epochs: int, top: float, seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    share = np.arange(1, epochs + 1) / epochs
+    accuracy = top * (1 - 0.6 * np.exp(-5 * share)) + rng.normal(0, 0.004, epochs)
+    return {
+        "epochs": [
+            {
+                "epoch": i + 1,
+                "train_loss": float(2.3 * np.exp(-2.2 * share[i]) + 0.05),
+                "train_accuracy": float(min(1, accuracy[i] + 0.03 * share[i])),
+                "val_accuracy": float(accuracy[i]),
+                "lr": float(0.05 * (1 + np.cos(np.pi * share[i])) / 2),
+                "seconds": 11.5,
+            }
+            for i in range(epochs)
+        ]
+    }
+
+
+def a_matrix(recall: float, seed: int, k: int = len(CLASSES), samples: int = 1000) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for true in range(k):
+        shares = rng.dirichlet(np.full(k, 0.4)) * (1 - recall)
+        shares[true] += recall
+        rows.append(rng.multinomial(samples, shares / shares.sum()).tolist())
+    return rows
+
+
+def a_layer(index: int) -> dict:
+    rng = np.random.default_rng(index)
+    mu, sigma, k = 0.1 * index - 0.2, 0.8 + 0.05 * index, 8
+    cuts = mu + sigma * (6 * np.arange(1, k) / k - 3)
+    slopes = (np.arange(k) >= k // 2) + rng.normal(0, 0.15, k)
+    biases = rng.normal(0, 0.08, k)
+    x = np.sort(np.concatenate((np.linspace(mu - 4 * sigma, mu + 4 * sigma, 65), cuts, np.nextafter(cuts, np.inf))))
+    segment = np.searchsorted(cuts, x)
+    inputs = rng.normal(mu, sigma, 20_000)
+    counts = np.histogram(inputs, 40, (x[0], x[-1]))[0]
+    return {
+        "name": f"features.block{index}.activation",
+        "kind": "lma",
+        "k": k,
+        "continuous": False,
+        "mu": mu,
+        "sigma": sigma,
+        "cuts": cuts.tolist(),
+        "slopes": slopes.tolist(),
+        "biases": biases.tolist(),
+        "max_jump": float(np.abs(np.diff(slopes) * cuts + np.diff(biases)).max()),
+        "x": x.tolist(),
+        "y": (slopes[segment] * x + biases[segment]).tolist(),
+        "histogram": {
+            "low": x[0],
+            "high": x[-1],
+            "counts": counts.tolist(),
+            "below": int((inputs < x[0]).sum()),
+            "above": int((inputs > x[-1]).sum()),
+        },
+    }
+
+
+def a_row(rung: str, top1: float, n: int = 10_000, **rest) -> dict:
+    half = 1.96 * float(np.sqrt(top1 * (1 - top1) / n))
+    return {"rung": rung, "top1": top1, "n": n, "ci95": [top1 - half, min(1, top1 + half)], **rest}
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def a_report() -> dict:
+    """The JSON of a run with every part in it."""
+    teacher, student = a_latency(18.6, 168_000_000, 1), a_latency(4.3, 61_000_000, 2)
+    ratio = teacher["p50_ms"] / student["p50_ms"]
+    small = {"params": 272_474, "macs": 40_550_000}
+    rows = [
+        a_row("teacher", 0.9312, agreement_with_teacher=1.0, size_bytes=6_920_000, params=1_730_714, macs=254_000_000),
+        a_row("scratch", 0.9041, agreement_with_teacher=0.918, size_bytes=1_110_000, **small),
+        a_row("student", 0.9198, agreement_with_teacher=0.951, size_bytes=1_110_000, **small),
+        {"rung": "quantized", "reason": "The recipe asks for no quantization."},
+        a_row("onnx", 0.9198, agreement_with_teacher=0.951, size_bytes=1_121_000, **small),
+        a_row("engine", 0.9197, agreement_with_teacher=0.951, size_bytes=1_135_000, **small),
+        a_row("device", 0.9197, agreement_with_teacher=0.951, size_bytes=1_135_000, **small),
+    ]
+    time_s = np.arange(0, 60, 0.5)
+    return {
+        "schema_version": 1,
+        "run_id": "2026-11-21-1304-quick-otter",
+        "created": "2026-11-21T13:04:10+00:00",
+        "command": "edgekd run cifar10-lma --target raspberry-pi-5 --set data.path=/data/cifar10 --set seed=3",
+        "recipe": {
+            "schema_version": 1,
+            "data": {"source": "parquet", "path": "/data/cifar10", "validation": 0.1, "normalize": True},
+            "student": {"network": "lma_student", "activation": {"lma": {"k": 8, "continuous": False}}},
+            "distill": {"method": "kd", "temperature": 2.0, "kd_weight": 0.7, "epochs": 60, "betas": [0.9, 0.999]},
+            "quantize": {},
+            "seed": 3,
+        },
+        "target": {"name": "raspberry-pi-5", "backend": "onnxruntime", "threads": 4, "device": "ssh://pi@pi5.local"},
+        "verdict": {
+            "status": "VALID",
+            "reasons": [],
+            "budgets": [
+                {"name": "p99_ms", "limit": 8.0, "value": student["p99_ms"], "met": student["p99_ms"] <= 8.0},
+                {"name": "size_bytes", "limit": 2_000_000, "value": 1_135_000, "met": True},
+                {"name": "accuracy_drop", "limit": 0.01, "value": 0.0115, "met": False},
+                {"name": "speedup", "limit": 3.0, "value": ratio, "met": ratio >= 3, "bound": "at least"},
+            ],
+            "speedup": {"value": ratio, "ci95": [ratio * 0.985, ratio * 1.014]},
+            "accuracy_change": {"value": -0.0115, "ci95": [-0.0162, -0.0068], "p_value": 0.0000012},
+        },
+        "ladder": rows,
+        "latency": {"student": student, "teacher": teacher},
+        "training": {
+            "teacher": a_training(40, 0.93, 1),
+            "scratch": a_training(60, 0.904, 2),
+            "student": a_training(60, 0.92, 3),
+        },
+        "confusion": {"classes": CLASSES, "student": a_matrix(0.92, 1), "teacher": a_matrix(0.93, 2)},
+        "activation": [a_layer(index) for index in range(6)],
+        "quantization": {},
+        "telemetry": {
+            "time_s": time_s.tolist(),
+            "series": {
+                "cpu_temperature_c": (48 + 9 * (1 - np.exp(-time_s / 20))).tolist(),
+                "cpu_hz": [2.4e9] * len(time_s),
+                "foreign_cpu_share": (0.02 + 0.01 * np.sin(time_s / 5)).tolist(),
+            },
+        },
+        "environment": {
+            "edgekd": "0.1.0",
+            "host": {"os": "Debian GNU/Linux 12", "python": "3.11.2", "torch": "2.13.0", "cpu": "x86-64", "cores": 2},
+            "device": {
+                "model": "Raspberry Pi 5 Model B Rev 1.0",
+                "os": "Debian GNU/Linux 12 (bookworm)",
+                "kernel": "6.6.51+rpt-rpi-2712",
+                "governor": "performance",
+                "memory_bytes": 8_445_000_000,
+                "onnxruntime": {"version": "1.31.1", "providers": ["CPUExecutionProvider"]},
+            },
+            "git": {"commit": digest("commit")[:40], "dirty": False},
+            "seeds": {"data": 3, "teacher": 3, "student": 3},
+        },
+        "artifacts": [
+            {
+                "stage": stage,
+                "key": digest("key " + stage),
+                "sha256": digest(stage),
+                "size_bytes": 1_120_000 + 1000 * i,
+                "files": [f"{stage}.safetensors", "metrics.jsonl"],
+            }
+            for i, stage in enumerate(("teacher", "scratch", "student", "export", "compile", "bench"))
+        ],
+        "notes": ["The board was cooled by its active cooler; ambient temperature was not measured."],
+    }
