@@ -11,6 +11,8 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -313,10 +315,22 @@ def _command(command: str, recipe: str | None, target: str, device: str | None, 
     return shlex.join(["edgekd", command, *given, *(word for override in overrides for word in ("--set", override))])
 
 
+@contextmanager
+def _located(job: Job) -> Iterator[None]:
+    """Errors about a key of the recipe say where it was given."""
+    try:
+        yield
+    except EdgekdError as error:
+        if error.key:
+            job.recipe.origin.locate(error)
+        raise
+
+
 def _show_plan(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
     from edgekd import pipeline
 
-    planned = pipeline.plan(job, pipeline.LAST[command])
+    with _located(job):
+        planned = pipeline.plan(job, pipeline.LAST[command])
     if json_:
         print(json.dumps([{"stage": one.stage, "action": one.action, "key": one.key} for one in planned], indent=2))
         return
@@ -327,13 +341,8 @@ def _show_plan(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
 def _run(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
     from edgekd import pipeline
 
-    try:
-        with terminal.working():
-            pipeline.run(job, pipeline.LAST[command], terminal.on_stage)
-    except EdgekdError as error:
-        if error.key:
-            job.recipe.origin.locate(error)
-        raise
+    with _located(job), terminal.working():
+        pipeline.run(job, pipeline.LAST[command], terminal.on_stage)
     if not pipeline.is_main_process():
         return
     document, path = _written(job.store, job.run_id)

@@ -300,6 +300,13 @@ def test_a_method_that_refuses_its_options_names_the_line(main, tiny):
     assert code == 2 and error(err).startswith(f"error: tiny.yaml:{line}: distill.temperature = -1")
 
 
+@pytest.mark.parametrize("command", [["plan"], ["distill", "-q"]])
+def test_data_that_are_not_there(main, tiny, command):
+    code, out, err = main(*command, "tiny.yaml", "--set", "data.source=npz", "--set", "data.path=nope.npz")
+    assert (code, out) == (2, "")
+    assert error(err) == 'error: --set: data.path = "nope.npz": there is no such file or folder'
+
+
 def test_a_file_in_place_of_the_store(main, tiny):
     Path("file").write_text("mine")
     code, out, err = main("distill", "tiny.yaml", "--store", "file", "-q")

@@ -24,6 +24,7 @@ def existing(path: Path) -> Path:
             f'data.path = "{path}": there is no such file or folder',
             allowed=f"{parent} exists" if parent.exists() else f"{parent} does not exist either",
             fix="set data.path to where the data lies",
+            key="data.path",
         )
     return expanded
 
