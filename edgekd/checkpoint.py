@@ -28,8 +28,8 @@ def write_checkpoint(state: dict[str, Any], file: Path) -> None:
     partial.replace(file)
 
 
-def read_checkpoint(file: Path, device: torch.device) -> dict[str, Any]:
-    """What was written, tensors on `device`. Raises CheckpointError when it is not that any more."""
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """What was written, tensors on the CPU. Raises CheckpointError when it is not that any more."""
     content = memoryview(file.read_bytes())
     body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != digest:  # torch.load would take most flipped bits for weights
@@ -38,5 +38,5 @@ def read_checkpoint(file: Path, device: torch.device) -> dict[str, Any]:
             allowed="a kill cannot do that, as checkpoints are written whole or not at all: look at the disk",
             fix=f"rm {file}, then run again: this training starts anew",
         )
-    state: dict[str, Any] = torch.load(io.BytesIO(body), map_location=device, weights_only=True)
+    state: dict[str, Any] = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     return state

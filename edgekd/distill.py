@@ -306,7 +306,7 @@ class _Run:
         """Go on from the checkpoint in `work`, if there is one."""
         file = self.work / CHECKPOINT
         if file.exists():
-            self._restore(read_checkpoint(file, self.device))
+            self._restore(read_checkpoint(file))
         if self.accelerator.is_main_process:
             self.log = TrainingLog(self.work, self.history, tensorboard=self.spec.tensorboard)
 
@@ -317,7 +317,8 @@ class _Run:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.epoch, self.position, self.history = state["epoch"], state["position"], state["history"]
-        self.best, self.sums = state["best"], state["sums"]
+        self.best = state["best"]
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.epoch_started -= state["seconds"]
 
 

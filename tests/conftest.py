@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,11 @@ def main(capsys):
         log.setLevel(logging.NOTSET)
 
 
+def _heed_ctrl_c() -> None:
+    """Where tests run in the background, Ctrl-C is ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def edgekd(tmp_path):
     """The command line in a process of its own, in an empty folder: edgekd(argument, ..., env={}) gives what it did."""
@@ -60,7 +66,8 @@ def edgekd(tmp_path):
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path, **options}
         plain = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "CI", "EDGEKD_STORE")}
         argv = [sys.executable, "-m", "edgekd", *map(str, arguments)]
-        return subprocess.Popen(argv, env={**plain, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **(env or {})}, **options)
+        environment = {**plain, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **(env or {})}
+        return subprocess.Popen(argv, env=environment, preexec_fn=_heed_ctrl_c, **options)
 
     def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
         with start(*arguments, **options) as process:

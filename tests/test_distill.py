@@ -294,7 +294,7 @@ def test_a_method_trains_what_it_owns(digits, tmp_path):
     distill._seed_random(torch.device("cpu"), "method", 0)
     fresh.attach(plain(), None)
     assert not torch.equal(fresh.projector.weight, methods[0].projector.weight)
-    saved = distill.read_checkpoint(tmp_path / "0" / distill.CHECKPOINT, torch.device("cpu"))["method"]
+    saved = distill.read_checkpoint(tmp_path / "0" / distill.CHECKPOINT)["method"]
     assert torch.equal(saved["projector.weight"], methods[0].projector.weight)
 
 
@@ -336,7 +336,7 @@ def test_a_loss_that_is_not_finite(when, digits, tmp_path, monkeypatch):
     file = tmp_path / distill.CHECKPOINT
     assert file.exists() == (when == "later")
     if file.exists():
-        state = distill.read_checkpoint(file, torch.device("cpu"))
+        state = distill.read_checkpoint(file)
         assert state["epoch"] == 1
         assert all(value.isfinite().all() for value in state["network"].values())
 

@@ -150,11 +150,15 @@ def test_two_processes_train_like_one_with_the_doubled_batch(train, augment, cac
 def test_two_processes_that_are_killed_go_on_to_the_same_end(tmp_path):
     arguments = {"train": {**SGD, "batch_size": 8}, "augment": {"crop": 1}, "cached": False}
     whole = run(tmp_path / "whole", 2, **arguments)
+    file = tmp_path / "killed" / "work" / METRICS
+
+    def epochs_done() -> int:
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
     for epochs in (1, 2):
         children = start(tmp_path / "killed", 2, **arguments)
-        file = tmp_path / "killed" / "work" / METRICS
-        deadline = time.monotonic() + 250
-        while time.monotonic() < deadline and (not file.exists() or len(file.read_text().splitlines()) < epochs):
+        while epochs_done() < epochs:
+            assert all(child.is_alive() for child in children) or epochs_done() >= epochs
             time.sleep(0.005)
         time.sleep(0.1)  # somewhere in the next epoch
         for child in children:

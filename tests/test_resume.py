@@ -180,12 +180,12 @@ def test_an_undisturbed_rerun_trains_nothing(uninterrupted, tmp_path):
 def test_a_damaged_checkpoint_is_named(damage, tmp_path):
     file = tmp_path / "checkpoint.pt"
     checkpoint.write_checkpoint({"weights": torch.arange(100.0)}, file)
-    assert torch.equal(checkpoint.read_checkpoint(file, torch.device("cpu"))["weights"], torch.arange(100.0))
+    assert torch.equal(checkpoint.read_checkpoint(file)["weights"], torch.arange(100.0))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes({"cut": content[:-10], "flip": content, "empty": b""}[damage])
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.read_checkpoint(file, torch.device("cpu"))
+        checkpoint.read_checkpoint(file)
     assert str(caught.value) == (
         f"error: the checkpoint {file} is damaged\n"
         "       a kill cannot do that, as checkpoints are written whole or not at all: look at the disk\n"

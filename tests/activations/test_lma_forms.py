@@ -111,7 +111,7 @@ def test_unknown_form():
     assert str(caught.value) == (
         'error: form = "clip-sum" is not a known ONNX form of LMA\n'
         "       known: clip_sum, function, gather, max_gemm, relu_sum, step_gemm, step_sum, where"
-        "   (closest: 'clip_sum')"
+        '   (closest: "clip_sum")\nfix:   use "clip_sum"'
     )
 
 

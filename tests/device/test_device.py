@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -140,7 +141,13 @@ def test_an_error_of_ours_ends_the_process(job):
         "with Device('local:', Path(sys.argv[1])).job() as job: job.run(['sleep', '100'], timeout=100)"
     )
     folder = Path(job.folder)
-    finished = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, timeout=30)
+    finished = subprocess.run(
+        [sys.executable, "-c", script, folder],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )
     assert "KeyboardInterrupt" in finished.stderr
     assert not processes_in(folder)
     assert list(folder.iterdir()) == []

@@ -129,7 +129,7 @@ def test_a_network_without_activations_refuses_another_one():
         (
             "mynets:Tinny",
             {},
-            ['network = "mynets:Tinny" is not a known callable of mynets', "(closest: 'mynets:Tiny')"],
+            ['network = "mynets:Tinny" is not a known callable of mynets', '(closest: "mynets:Tiny")'],
         ),
         ("mynets:value", {}, ['network = "mynets:value" is not a known callable of mynets']),
         ("mynets:Tiny", {"hiden": 4}, ["cannot be called: got an unexpected keyword argument 'hiden'", "hidden=4"]),
@@ -173,7 +173,7 @@ def test_names_that_are_no_callable_of_a_network_are_refused(name):
 
 
 def test_unknown_names_and_options_point_at_the_closest():
-    assert "(closest: 'resnet')" in fails_with(RecipeError, "resnett")
+    assert '(closest: "resnet")' in fails_with(RecipeError, "resnett")
     assert "depht" in fails_with(RecipeError, "resnet", {"depht": 20})
     assert "network.size = 4" in fails_with(RecipeError, "lma_student", {"size": 4})
 
