@@ -154,7 +154,9 @@ class Export(Section):
     opset: Annotated[int, Field(ge=18, le=23)] | None = Field(None, description="null: the target's")
     batch: Literal["static", "dynamic"] = "dynamic"
     form: str = Field("auto", description="the ONNX form of multi-segment activations; auto: the backend's favourite")
-    tolerance: Annotated[float, Field(gt=0)] = Field(1e-3, description="largest allowed difference of a logit")
+    tolerance: Annotated[float, Field(gt=0)] = Field(
+        1e-3, description="largest allowed difference of a logit, as a share of the sample's largest"
+    )
 
 
 class Benchmark(Section):
