@@ -25,7 +25,7 @@ from results import spread, summary, table, write_section
 
 from edgekd import activations, export, networks, quantize
 from edgekd.data import Shape
-from edgekd.quantize import account
+from edgekd.quantize import account, dialects, ptq
 
 RUNS_PER_TURN = 4
 SHAPE = Shape(3, 32, 32)
@@ -63,14 +63,14 @@ def contenders(file: Path) -> tuple[dict[str, onnx.ModelProto], np.ndarray, int]
     """The model in fp32 and every dialect, an image, and how many layers the x86 dialect leaves in float."""
     shape = [dimension.dim_value for dimension in onnx.load(file).graph.input[0].type.tensor_type.shape.dim][1:]
     images = np.random.default_rng(0).standard_normal((32, *shape)).astype(np.float32)
-    prepared = quantize.prepare(file, images)
+    prepared = ptq.prepare(file, images)
     int8 = prepared.quantized("minmax", 100)
     ready = {
         "fp32": prepared.graph.model,
-        "ort_uint8": quantize.onnxruntime_from_int8(int8),
-        "ort_int8": quantize.onnxruntime_from_int8(int8, activations="int8"),
+        "ort_uint8": dialects.onnxruntime_from_int8(int8),
+        "ort_int8": dialects.onnxruntime_from_int8(int8, activations="int8"),
         "int8": int8,
-        "uint8": quantize.uint8_from_int8(int8),
+        "uint8": dialects.uint8_from_int8(int8),
     }
     return ready, images[:1], len(account.still_float(prepared.graph, ready["ort_uint8"]))
 

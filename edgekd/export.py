@@ -21,7 +21,7 @@ from torch import nn
 
 from edgekd import __version__, activations
 from edgekd.errors import ExportError
-from edgekd.quantize import LMA_MARK
+from edgekd.marks import LMA_MARK
 
 Array = npt.NDArray[np.float32]
 
@@ -74,14 +74,14 @@ def _traced(network: nn.Module, x: torch.Tensor, opset: int, dynamic_batch: bool
     sample = torch.cat([x, x]) if dynamic_batch else x
     shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},) if dynamic_batch else None
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 network, (sample,), dynamo=True, opset_version=opset, dynamic_shapes=shapes, input_names=[INPUT],
                 output_names=[OUTPUT], verbose=False,
             )  # fmt: skip
     except Exception as error:
         raise ExportError(
-            f"torch cannot export the network: {_reason(error)}",
+            f"torch cannot export the network: {reason(error)}",
             allowed="needed: a forward that torch.export can trace, of operators that ONNX has",
             fix="change the network's forward; the exporter's whole report: run with --debug",
         ) from error
@@ -97,7 +97,7 @@ def _traced(network: nn.Module, x: torch.Tensor, opset: int, dynamic_batch: bool
     return model
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first line of what went wrong at the bottom: the exporter wraps it in advice on how to debug itself."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
@@ -129,7 +129,7 @@ def _lma_of(node: onnx.NodeProto) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter prints, logs and warns of its own deprecations; none of it is for the user, unless asked for."""
     said, disabled = io.StringIO(), logging.root.manager.disable
     try:

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from edgekd import __version__, registry, stages
 from edgekd.artifact import Artifact, Store, key_of, sha256_of
+from edgekd.data import calibration
 from edgekd.device import Device
 from edgekd.errors import CheckpointError, RecipeError, StoreError, shown, unknown
 from edgekd.stages import Inputs, Job
@@ -102,6 +103,19 @@ def _onnx(subject: str, job: Job) -> dict[str, Any]:
     return {**spec.model_dump(mode="json"), "opset": spec.opset or job.target.opset, "form": job.form(subject)}
 
 
+def _quantize(job: Job) -> dict[str, Any]:
+    spec = job.recipe.quantize
+    named = {"calibration_sha256": sha256_of(calibration.find(spec.calibration))} if spec.calibration else {}
+    budget = {"accuracy_drop": job.recipe.budgets.accuracy_drop} if spec.options.get("auto_mixed") else {}
+    return {**spec.model_dump(mode="json", exclude={"calibration"}), **named, **budget}
+
+
+def _finetune(job: Job) -> dict[str, Any]:
+    # The student's digest stands for its network and data; how it is written as ONNX is part of what comes out.
+    distill = job.recipe.distill.model_dump(mode="json", exclude={"scratch", "cache_teacher"})
+    return {**_quantize(job), "distill": distill, "seed": job.recipe.seed, **_onnx("student", job)}
+
+
 def _engine(job: Job) -> dict[str, Any]:
     return {"backend": job.choice.name, "options": job.choice.options, "threads": job.target.threads}
 
@@ -121,16 +135,31 @@ def _checkpoint(path: Path) -> str:
     return sha256_of(path)
 
 
+def _quantizes(job: Job) -> bool:
+    return job.recipe.quantize.method != "none"
+
+
+def _finetunes(job: Job) -> bool:
+    return job.quantizer().trains
+
+
+# `inputs` names all stages that it may read: those that a job does not want are not there.
 TABLE: tuple[Stage, ...] = (
     Stage("teacher", stages.teacher, _teacher, trains=True),
     Stage("scratch", stages.scratch, _scratch, wanted=lambda job: job.recipe.distill.scratch, trains=True),
     Stage("student", stages.student, _student, ("teacher",), trains=True),
     *(Stage(f"onnx-{one}", partial(stages.onnx, one), partial(_onnx, one), (one,)) for one in SUBJECTS),
-    *(Stage(f"engine-{one}", partial(stages.engine, one), _engine, (f"onnx-{one}",)) for one in SUBJECTS),
+    Stage("finetune", stages.finetune, _finetune, ("teacher", "student"), wanted=_finetunes, trains=True),
+    Stage(
+        "quantize", stages.quantize, _quantize, ("teacher", "student", "onnx-student", "finetune"), wanted=_quantizes
+    ),
+    Stage("engine-teacher", partial(stages.engine, "teacher"), _engine, ("onnx-teacher",)),
+    Stage("engine-student", partial(stages.engine, "student"), _engine, ("onnx-student", "quantize")),
     Stage("bench", stages.bench, _bench, ("engine-student", "engine-teacher"), measures=True),
 )
 # The last stage that each command of the command line needs; it runs that one and all above it.
-LAST = {"distill": "student", "export": "onnx-student", "compile": "engine-student", "bench": "bench", "run": "bench"}
+LAST = {"distill": "student", "export": "onnx-teacher", "quantize": "quantize", "compile": "engine-student",
+        "bench": "bench", "run": "bench"}  # fmt: skip
 
 Action = Literal["reuse", "run", "unknown"]
 What = Literal["reuse", "wait", "run", "done"]
@@ -169,7 +198,7 @@ def plan(job: Job, last: str) -> list[Planned]:
     """What `run` would do, without doing it and without reading more than hashes. Raises what a run raises early."""
     found: dict[str, Planned] = {}
     for stage in needed(job, last):
-        inputs = {name: found[name].artifact for name in stage.inputs}
+        inputs = {name: found[name].artifact for name in stage.inputs if name in found}
         if stage.measures:
             Device(job.device or job.target.device, job.store.root)  # raises when the URL names no device
         if all(inputs.values()):
@@ -189,6 +218,8 @@ def check(job: Job, to_make: Collection[str]) -> None:
         job.backend.require()
     if "student" in to_make:
         job.method()
+    if "quantize" in to_make:
+        job.quantizer().require()
     for subject in SUBJECTS:
         if subject in to_make:
             job.build(subject)
@@ -205,11 +236,32 @@ def run(job: Job, last: str, on_stage: OnStage = lambda event: None) -> dict[str
     made: dict[str, Artifact] = {}
     for number, stage in enumerate(wanted, start=1):
         tell = partial(_tell, on_stage, stage.name, number, len(wanted))
-        made[stage.name] = _obtained(job, stage, {name: made[name] for name in stage.inputs}, tell)
+        made[stage.name] = _obtained(job, stage, {name: made[name] for name in stage.inputs if name in made}, tell)
         tell("done")
         if main:
             job.store.record(job.run_id, _record(job, made))
     return made
+
+
+def calibration_study(job: Job, on_stage: OnStage = lambda event: None) -> list[dict[str, Any]]:
+    """How much the size and the choice of a calibration set matter for this student, see `quantize.calibration_study`.
+
+    Ranges are chosen as `quantize.calibrate` says; where that is auto or not given, by minmax.
+    """
+    from edgekd.quantize import calibration_study as studies
+
+    model = run(job, "onnx-student", on_stage)["onnx-student"].file(stages.MODEL)
+    options, dataset = job.recipe.quantize.options, job.dataset
+
+    def drawn(n: int, seed: int) -> Any:
+        return dataset.normalize(calibration.of(dataset, None, {}, n=n, seed=seed).samples.images)
+
+    method = options.get("calibrate", "auto")
+    return studies.study(
+        model, drawn, dataset.normalize(dataset.val.images), dataset.val.labels,
+        method="minmax" if method == "auto" else method, percentile=options.get("percentile", 99.99),
+        on_progress=job.on_progress,
+    )  # fmt: skip
 
 
 def _obtained(job: Job, stage: Stage, inputs: Inputs, tell: Callable[[What], None]) -> Artifact:
@@ -217,15 +269,17 @@ def _obtained(job: Job, stage: Stage, inputs: Inputs, tell: Callable[[What], Non
     key = _key(job, stage, inputs)
     _log.info("%s %s", stage.name, key)
     artifact = job.store.find(stage.name, key)
-    if artifact is not None:
+    if artifact is not None and not _shared(stage):
         tell("reuse")
     elif is_main_process():
         with job.store.locked(key, on_wait=lambda: tell("wait")):
             artifact = job.store.find(stage.name, key)  # made by another run while this one waited
             tell("reuse" if artifact else "run")
+            _agreed(stage, artifact is not None)
             artifact = artifact or _make(job, stage, key, inputs)
     else:
-        _take_part(job, stage, key, inputs)
+        if not _agreed(stage):
+            _take_part(job, stage, key, inputs)
         artifact = job.store.find(stage.name, key)
     assert artifact is not None
     return artifact
@@ -306,11 +360,29 @@ def _take_part(job: Job, stage: Stage, key: str, inputs: Inputs) -> None:
     _wait_for_all()
 
 
+def _shared(stage: Stage) -> bool:
+    """Whether several processes make this stage together."""
+    return stage.trains and "RANK" in os.environ
+
+
+def _agreed(stage: Stage, found: bool = False) -> bool:
+    """What the first process found, told to all: a store that each asked alone could answer them differently."""
+    if not _shared(stage):
+        return found
+    from accelerate.utils import broadcast_object_list
+
+    from edgekd import distill
+
+    distill.processes()
+    answer: list[bool] = broadcast_object_list([found])
+    return answer[0]
+
+
 def _wait_for_all() -> None:
     if "RANK" in os.environ:
-        from accelerate import PartialState
+        from edgekd import distill
 
-        PartialState().wait_for_everyone()
+        distill.processes().wait_for_everyone()
 
 
 def _about(job: Job, stage: Stage, inputs: Inputs) -> dict[str, Any]:

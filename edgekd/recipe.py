@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import pydantic
 from pydantic import Field, PrivateAttr
@@ -147,6 +147,17 @@ class Distill(Named):
     )
     train: Train = Train()
 
+    # Options that came when stores had artifacts of their method: unused they are not dumped, so that keys stay.
+    later: ClassVar[dict[str, tuple[str, ...]]] = {"kd": ("selective", "confidence")}
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_unused(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped: dict[str, Any] = dump(self)
+        for name in self.later.get(self.method, ()):
+            if name in dumped and dumped[name] == registry.entry("method", self.method).options[name].default:
+                del dumped[name]
+        return dumped
+
 
 class Export(Section):
     """From torch to ONNX."""
@@ -157,6 +168,15 @@ class Export(Section):
     tolerance: Annotated[float, Field(gt=0)] = Field(
         1e-3, description="largest allowed difference of a logit, as a share of the sample's largest"
     )
+
+
+class Quantize(Named):
+    """How the student gets smaller than float32."""
+
+    method: str = Field("none", description="see: edgekd list quantizers")
+    calibration: str | None = Field(None, description="a calibration set, by name or file; null draws one from train")
+    calibration_images: Positive = Field(512, description="null calibration: how many images, of all classes")
+    calibration_seed: Seed = Field(0, description="null calibration: which images")
 
 
 class Benchmark(Section):
@@ -182,7 +202,7 @@ class Budgets(Section):
 
 
 class Recipe(Section):
-    """What to make: data, teacher, student, how to distill, export and measure, and what must be reached."""
+    """What to make: data, teacher, student, how to distill, export, quantize and measure, and what must be reached."""
 
     schema_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -193,6 +213,7 @@ class Recipe(Section):
     student: Student
     distill: Distill = Distill()
     export: Export = Export()
+    quantize: Quantize = Quantize()
     benchmark: Benchmark = Benchmark()
     budgets: Budgets = Budgets()
 
@@ -206,7 +227,7 @@ class Recipe(Section):
 
 # Which key of a section names its thing, and of which kind that is.
 NAMED = {"data": ("source", "dataset"), "teacher": ("network", "network"), "student": ("network", "network"),
-         "distill": ("method", "method")}  # fmt: skip
+         "distill": ("method", "method"), "quantize": ("method", "quantizer")}  # fmt: skip
 CHOICES = {("teacher", "activation"): "activation", ("student", "activation"): "activation"}
 
 

@@ -17,6 +17,7 @@ from tiny_job import make_job
 
 from edgekd import networks, pipeline, stages
 from edgekd.artifact import LOG, Artifact
+from edgekd.data import Shape
 from edgekd.errors import CheckpointError, ExportError, StageError
 
 
@@ -42,7 +43,7 @@ def own_module(tmp_path, monkeypatch):
 def test_a_trained_networks_result(stage, artifacts):
     artifact, result = artifacts[stage], artifacts[stage].result
     network = networks.build(
-        "resnet", {"depth": 8, "width": 0.25}, stages.data.Shape(1, 8, 8), 10,
+        "resnet", {"depth": 8, "width": 0.25}, Shape(1, 8, 8), 10,
         ("relu" if stage == "teacher" else "lma", {}), 0,
     )  # fmt: skip
     networks.load_weights(network, artifact.file(stages.WEIGHTS))
@@ -50,7 +51,7 @@ def test_a_trained_networks_result(stage, artifacts):
     assert logits.shape == (50, 10) and logits.dtype == np.float32
     assert result["top1"] == (logits.argmax(1) == labels).mean() and result["n"] == 50
     assert result["params"] == networks.count_params(network)
-    assert result["macs"] == networks.count_macs(network, stages.data.Shape(1, 8, 8))
+    assert result["macs"] == networks.count_macs(network, Shape(1, 8, 8))
     assert result["size_bytes"] == artifact.file(stages.WEIGHTS).stat().st_size
     assert result["class_names"] == [str(number) for number in range(10)]
     assert artifact.manifest["spec"]["seed"] == 0

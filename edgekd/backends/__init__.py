@@ -43,6 +43,8 @@ class Backend(ABC):
     builds_on: ClassVar[Literal["host", "device"]]
     # The ONNX form that this backend runs fastest, for an activation with jumps ("any") and without ("continuous").
     forms: ClassVar[Mapping[Literal["any", "continuous"], str]]
+    # How it wants a quantized model written, see edgekd.quantize.dialects.
+    dialect: Literal["int8", "onnxruntime_uint8", "onnxruntime_int8"] = "int8"
     # Path of runner.py.
     runner: ClassVar[Path]
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pydantic
 import yaml
 from pydantic import Field
 
-from edgekd.data.dataset import Images, Split
+from edgekd.data.dataset import Dataset, Images, Split
 from edgekd.data.loading import carve, read
 from edgekd.errors import DataError, RecipeError
 from edgekd.recipe import Section
@@ -43,6 +44,89 @@ class CalibrationSet:
 
     selection: Selection
     samples: Split
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What a quantizer looks at: training samples, checked against the data set that they calibrate for.
+
+    about: source, n, seed, sha256 and class_counts, for the manifest. warnings: sentences for the report.
+    """
+
+    samples: Split
+    about: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+def of(dataset: Dataset, source: str | None, options: Mapping[str, Any], *, n: int, seed: int) -> Calibration:
+    """The calibration images for a data set: a set by name or path, or n drawn from its training split.
+
+    options: of the data set's source, for a named set. Images that occur in the test split too are not drawn.
+    Raises DataError for a set that does not fit: other images, of another size, all of one class or of one value, or
+    images that the test split has.
+    """
+    if source is None:
+        samples = dataset.train[carve(dataset.train.labels, n, "calibration", seed)[1]]
+        samples = samples[np.flatnonzero(~_among(samples.images, dataset.test.images))]
+        where = f"train, drawn with seed {seed}"
+    else:
+        where, found = source, load(source, {key: value for key, value in options.items() if key == "path"})
+        samples, seed = found.samples, found.selection.seed
+        _check_source(where, found, dataset)
+    warnings = _check(where, samples, dataset)
+    counts = np.bincount(samples.labels, minlength=dataset.num_classes).tolist()
+    about = {
+        "source": where, "n": len(samples), "seed": seed, "sha256": _sha256(samples.images),
+        "class_counts": dict(zip(dataset.class_names, counts, strict=True)),
+    }  # fmt: skip
+    return Calibration(samples, about, tuple(warnings))
+
+
+def _check_source(where: str, found: CalibrationSet, dataset: Dataset) -> None:
+    fix = "make one from this data: edgekd calib"
+    if found.selection.dataset != dataset.name:
+        raise DataError(
+            f"calibration set {where}: it is of {found.selection.dataset}",
+            allowed=f"expected: images of the data to quantize for, {dataset.name}",
+            fix=fix,
+        )
+    shapes = ["x".join(map(str, images.shape[1:])) for images in (found.samples.images, dataset.train.images)]
+    if shapes[0] != shapes[1]:
+        raise DataError(f"calibration set {where}: images of {shapes[0]}", allowed=f"expected: {shapes[1]}", fix=fix)
+    in_test = np.flatnonzero(_among(found.samples.images, dataset.test.images))
+    if len(in_test):
+        raise DataError(
+            f"calibration set {where}: {len(in_test)} of its images are in the test split, sample"
+            f" {found.selection.sample_ids[in_test[0]]} first",
+            allowed="what is measured on must not have been seen before",
+            fix=fix,
+        )
+
+
+def _check(where: str, samples: Split, dataset: Dataset) -> list[str]:
+    """Raise DataError for images that cannot calibrate; return what the reader of a report should know."""
+    fix = "raise quantize.calibration_images, or make another set: edgekd calib"
+    if len(np.unique(samples.labels)) == 1 < dataset.num_classes:
+        raise DataError(
+            f"calibration set {where}: all images are of the class {dataset.class_names[samples.labels[0]]}",
+            allowed=f"expected: images of all {dataset.num_classes} classes",
+            fix=fix,
+        )
+    flat = samples.images.reshape(len(samples), -1)
+    if not len(samples) or (flat == flat[:, :1]).all():
+        raise DataError(
+            f"calibration set {where}: no image in it has two different pixels",
+            allowed="expected: images like those that the network will see",
+            fix=fix,
+        )
+    missing = [name for label, name in enumerate(dataset.class_names) if not (samples.labels == label).any()]
+    return [f"calibrated without an image of: {', '.join(missing)}"] if missing else []
+
+
+def _among(images: Images, others: Images) -> npt.NDArray[np.bool_]:
+    """Which of the images [N, C, H, W] are, pixel by pixel, also in `others`."""
+    known = {hash(image.tobytes()) for image in others}
+    return np.array([hash(image.tobytes()) in known for image in images], bool)
 
 
 def make(dataset: str, options: Mapping[str, Any], *, n: int, seed: int) -> CalibrationSet:
@@ -83,7 +167,7 @@ def load(source: str, options: Mapping[str, Any] | None = None) -> CalibrationSe
 
     Raises RecipeError for a file that is no calibration set, DataError when the data are not those it was made from.
     """
-    file = _found(source)
+    file = find(source)
     selection = _parsed(file)
     train = read(selection.dataset, {**selection.options, **(options or {})}).train
     ids = np.asarray(selection.sample_ids, np.int64)
@@ -97,7 +181,8 @@ def load(source: str, options: Mapping[str, Any] | None = None) -> CalibrationSe
     return CalibrationSet(selection, samples)
 
 
-def _found(source: str) -> Path:
+def find(source: str) -> Path:
+    """The file of a calibration set: a shipped one by name, or a path."""
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         return path

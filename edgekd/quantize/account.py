@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from edgekd.quantize import sessions
+from edgekd.quantize import rules, sessions
 from edgekd.quantize.calibration import LARGEST
+from edgekd.quantize.dialects import onnxruntime_from_int8
 from edgekd.quantize.graph import Graph, Layer
-from edgekd.quantize.placement import DEQUANTIZED, weight_scales
+from edgekd.quantize.placement import DEQUANTIZED, float_from_int8, weight_scales
 from edgekd.quantize.ptq import decibel
 
 Array = npt.NDArray[Any]
@@ -63,6 +64,24 @@ class _Sums:
 class _LayerSums:
     own_input: _Sums = field(default_factory=_Sums)
     output: _Sums = field(default_factory=_Sums)
+
+
+def of(model: onnx.ModelProto, curves: Sequence[Row], images: Array) -> dict[str, Any]:
+    """All that a quantized model says about itself: layers, lma, still_float, findings (see below and `rules`).
+
+    model: in the dialect of TensorRT. curves: of the student's activations. images: float32 [N, C, H, W]. A model
+    without pairs has nothing to say: all are empty.
+    """
+    floats, scales = float_from_int8(model)
+    if not scales:
+        return {"layers": [], "lma": [], "still_float": [], "findings": []}
+    graph = Graph(floats)
+    return {
+        "layers": layers(graph, model, scales, images),
+        "lma": lma(graph, curves, scales, images),
+        "still_float": still_float(graph, onnxruntime_from_int8(model)),
+        "findings": [asdict(finding) for finding in rules.check(model)],
+    }
 
 
 def layers(graph: Graph, quantized: onnx.ModelProto, scales: Mapping[str, float], images: Array) -> list[Row]:

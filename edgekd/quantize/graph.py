@@ -15,12 +15,11 @@ import onnx
 from onnx import numpy_helper
 
 from edgekd.errors import DataError
+from edgekd.marks import LMA_MARK
 
 Array = npt.NDArray[Any]
 T = TypeVar("T", onnx.ModelProto, onnx.NodeProto, onnx.TensorProto)
 
-# A node of a spelled-out LMA carries its layer's name under this key; edgekd.export writes it.
-LMA_MARK = "edgekd.lma"
 LMA_DOMAIN = "edgekd"  # of the model-local function edgekd.LMA, one node for a whole layer
 STANDARD_DOMAINS = ("", "ai.onnx")
 PER_CHANNEL_OPSET = 13  # the first whose Q/DQ pairs take one scale for each channel

@@ -100,27 +100,30 @@ def search(
     *,
     method: Method,
     percentile: float,
-    accuracy_drop: float,
+    target: float,
     seconds: float,
+    keep_float: Collection[str] = (),
     on_progress: Progress = lambda share, text: None,
 ) -> dict[str, Any]:
-    """Find the layers to keep in float so that top-1 falls by no more than `accuracy_drop`, from 0 to 1.
+    """Find the layers to keep in float so that top-1 is `target`, from 0 to 1, or that of the float model if less.
 
-    images, labels: a validation set, float32 [N, C, H, W] and int64 [N]. At most a tenth of the time goes into ranking
-    the layers. Returns what `Search.run` does, with `float_top1` and `sensitivity_db` {layer: SQNR of the logits with
-    this layer alone in INT8}.
+    images, labels: a validation set, float32 [N, C, H, W] and int64 [N]. keep_float: layers that are in float in any
+    case. At most a tenth of the time goes into ranking the layers. Returns what `Search.run` does, with `float_top1`
+    and `sensitivity_db` {layer: SQNR of the logits with this layer alone in INT8}.
     """
     sessions.check_images(prepared.graph, images, "validation")
     float_top1 = top1(sessions.logits(prepared.graph.model, images), labels)
 
     def evaluate(kept: Collection[str]) -> float:
-        deployed = dialects.onnxruntime_from_int8(prepared.quantized(method, percentile, kept))
+        deployed = dialects.onnxruntime_from_int8(prepared.quantized(method, percentile, {*kept, *keep_float}))
         return top1(sessions.logits(deployed, images), labels)
 
     few = images[:SENSITIVITY_IMAGES]
     found = sensitivity(prepared, few, method=method, percentile=percentile, seconds=seconds / 10)
-    ranked = sorted((layer.name for layer in prepared.graph.layers), key=lambda name: found.get(name, np.inf))
-    result = Search(evaluate, ranked, float_top1 - accuracy_drop, seconds, on_progress).run()
+    open_ = (layer.name for layer in prepared.graph.layers if layer.name not in keep_float)
+    ranked = sorted(open_, key=lambda name: found.get(name, np.inf))
+    result = Search(evaluate, ranked, min(target, float_top1), seconds, on_progress).run()
+    result["keep_float"] = sorted({*result["keep_float"], *keep_float})
     return result | {"float_top1": float_top1, "sensitivity_db": found}
 
 

@@ -116,9 +116,44 @@ def quantized(graph: Graph, scales: Mapping[str, np.float32], keep_float: Collec
     return model
 
 
+def float_from_int8(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:
+    """The model without its pairs, and the scales of the activations that they rounded, by tensor."""
+    model = copied(model)
+    constants = Graph(model).constants
+    quantizers = {node.output[0]: node for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    origin = {
+        node.output[0]: quantizers[node.input[0]].input[0]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in quantizers
+    }
+    scales = {
+        node.input[0]: float(constants[node.input[1]]) for node in quantizers.values() if node.input[0] not in constants
+    }
+    kept = [node for node in model.graph.node if node.output[0] not in {*quantizers, *origin}]
+    for node in kept:
+        node.input[:] = [origin.get(name, name) for name in node.input]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return model, scales
+
+
 def sources(graph: Graph) -> list[str]:
     """The tensors whose range decides a scale, when nothing is kept in float."""
     return list(dict.fromkeys([*(graph.source(tensor) for tensor in pairs(graph)), *_branches(graph)]))
+
+
+def roles(graph: Graph) -> dict[tuple[str, ...], str]:
+    """The tensors of `sources` by what they are to the layers: alike in all graphs of one network, unlike names."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for index, layer in enumerate(graph.layers):
+        found[graph.source(layer.input)].append(f"input of layer {index}")
+        found[_fused_output(graph, layer)].append(f"output of layer {index}")
+    for index, region in enumerate(graph.lma):
+        found[graph.source(region.input)].append(f"input of LMA {index}")
+    for index, residual in enumerate(graph.residuals):
+        found[residual.branch].append(f"branch of addition {index}")
+        found[graph.source(residual.skip)].append(f"skip of addition {index}")
+    return {tuple(sorted(found[tensor])): tensor for tensor in sources(graph)}
 
 
 def pair(tensor: str, scale: str, zero_point: str, axis: int | None = None) -> Iterator[onnx.NodeProto]:

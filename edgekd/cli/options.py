@@ -1,0 +1,41 @@
+"""The options that several commands share, and the terminal that they ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from edgekd.terminal import Terminal
+
+RecipeArgument = Annotated[
+    str | None, typer.Argument(metavar="RECIPE", help="A file, or a shipped recipe's name. Default: ./edgekd.yaml")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
+]
+TargetOption = Annotated[str, typer.Option("--target", "-t", help="Where the student must run: a name or a file.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", metavar="URL", help="The machine to measure on; default: the target's.")
+]
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="EDGEKD_STORE", help="Where artifacts and reports are kept.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show which stages would run.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print also what each stage reads, and Python's warnings.")
+]
+ColorOption = Annotated[bool, typer.Option("--no-color", help="Print no colour; the variable NO_COLOR does the same.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+STORE = Path(".edgekd")
+
+
+def terminal_of(no_color: bool, verbosity: int = 0) -> Terminal:
+    """The terminal as the options want it. verbosity: -1 results and errors only, 0, 1 also what each stage reads."""
+    from edgekd.terminal import Terminal
+
+    return Terminal(verbosity, color=not no_color)

@@ -1,0 +1,221 @@
+"""The commands that run stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekd.cli.options import (
+    STORE,
+    ColorOption,
+    DebugOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    QuietOption,
+    RecipeArgument,
+    SetOption,
+    StoreOption,
+    TargetOption,
+    VerboseOption,
+    terminal_of,
+)
+from edgekd.errors import BudgetMissed, EdgekdError, RecipeError, ResultInvalid
+
+if TYPE_CHECKING:
+    from edgekd.artifact import Store
+    from edgekd.report import Document
+    from edgekd.stages import Job
+    from edgekd.terminal import Terminal
+
+
+# Commands that end with one of these stages exit with the verdict on what they made.
+JUDGED = ("quantize", "engine-student", "bench")
+# What of the report's ladder fits on a terminal of 80 columns.
+LADDER_COLUMNS = ("Rung", "Top-1", "95% interval", "To teacher", "Size", "Params")
+
+
+STAGE_COMMANDS = {
+    "distill": "Train the teacher (or load it) and distill it into the student.",
+    "export": "Export student and teacher to ONNX, checked against torch.",
+    "quantize": "Quantize the student as the recipe says, and account for what it costs.",
+    "compile": "Compile both for the target's backend.",
+    "bench": "Measure both on the device, interleaved, and write the report.",
+    "run": "Everything: from the teacher to a report of the student on the device.",
+}
+
+
+def stage_command(name: str, summary: str) -> Callable[..., None]:
+    """The commands that run stages differ only in the last one, so they are made alike."""
+
+    def command(
+        recipe: RecipeArgument = None,
+        target: TargetOption = "local",
+        device: DeviceOption = None,
+        set_: SetOption = None,
+        store: StoreOption = STORE,
+        dry_run: DryRunOption = False,
+        json_: JsonOption = False,
+        quiet: QuietOption = False,
+        verbose: VerboseOption = False,
+        no_color: ColorOption = False,
+        debug: DebugOption = False,
+    ) -> None:
+        if quiet and verbose:
+            raise RecipeError(
+                "--quiet and --verbose exclude each other", allowed="expected: at most one", fix="leave one out"
+            )
+        terminal = terminal_of(no_color, verbosity=verbose - quiet)
+        job = job_of(name, recipe, target, device, set_ or [], store, terminal)
+        if name == "quantize":
+            _check_quantizes(job)
+        if dry_run:
+            _show_plan(job, name, terminal, json_)
+        else:
+            _run(job, name, terminal, json_)
+
+    command.__doc__ = summary
+    return command
+
+
+def plan(
+    recipe: RecipeArgument = None, target: TargetOption = "local", set_: SetOption = None, store: StoreOption = STORE,
+    json_: JsonOption = False, no_color: ColorOption = False, debug: DebugOption = False,
+) -> None:  # fmt: skip
+    """Show which stages a run would make and which it would reuse."""
+    terminal = terminal_of(no_color)
+    _show_plan(job_of("run", recipe, target, None, set_ or [], store, terminal), "run", terminal, json_)
+
+
+def job_of(
+    command: str,
+    recipe: str | None,
+    target: str,
+    device: str | None,
+    overrides: list[str],
+    store: Path,
+    terminal: Terminal,
+) -> Job:
+    """The job that a command line asks for."""
+    from datetime import UTC, datetime
+
+    from edgekd import recipe as recipes
+    from edgekd import target as targets
+    from edgekd.artifact import Store
+    from edgekd.stages import Job
+
+    loaded = recipes.load(recipe, overrides)
+    now = datetime.now(UTC)
+    return Job(
+        recipe=loaded,
+        target=targets.load(target),
+        store=Store(store),
+        run_id=f"{now:%Y%m%d-%H%M%S}-{loaded.name}-{os.getpid()}",
+        created=now.isoformat(timespec="seconds"),
+        command=_command(command, recipe, target, device, overrides),
+        device=device or "",
+        on_progress=terminal.on_progress,
+    )
+
+
+def _command(command: str, recipe: str | None, target: str, device: str | None, overrides: list[str]) -> str:
+    """The line that reproduces a run."""
+    given = [*([recipe] if recipe else []), "--target", target, *(["--device", device] if device else [])]
+    return shlex.join(["edgekd", command, *given, *(word for override in overrides for word in ("--set", override))])
+
+
+def _check_quantizes(job: Job) -> None:
+    if job.recipe.quantize.method == "none":
+        raise RecipeError(
+            f"the recipe {job.recipe.name} asks for no quantization: quantize.method = none",
+            allowed="see: edgekd list quantizers",
+            fix="--set quantize.method=ptq",
+        )
+
+
+@contextmanager
+def located(job: Job) -> Iterator[None]:
+    """Errors about a key of the recipe say where it was given."""
+    try:
+        yield
+    except EdgekdError as error:
+        if error.key:
+            job.recipe.origin.locate(error)
+        raise
+
+
+def _show_plan(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
+    from edgekd import pipeline
+
+    with located(job):
+        planned = pipeline.plan(job, pipeline.LAST[command])
+    if json_:
+        print(json.dumps([{"stage": one.stage, "action": one.action, "key": one.key} for one in planned], indent=2))
+        return
+    meaning = {"reuse": "reuse", "run": "run", "unknown": "run, unless its new inputs turn out as before"}
+    terminal.table(("stage", "action", "key"), [(one.stage, meaning[one.action], one.key[:12]) for one in planned])
+
+
+def _run(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
+    from edgekd import pipeline
+
+    with located(job), terminal.working():
+        pipeline.run(job, pipeline.LAST[command], terminal.on_stage)
+    if not pipeline.is_main_process():
+        return
+    document, path = written(job.store, job.run_id)
+    if json_:
+        print(document.to_json())
+    else:
+        _show(document, path, terminal)
+    if pipeline.LAST[command] in JUDGED:
+        _judge(document, path)
+
+
+def written(store: Store, run_id: str | None) -> tuple[Document, Path]:
+    """The report of a run, None is the newest, and where it was written."""
+    from edgekd import pipeline
+    from edgekd import report as reports
+    from edgekd.report.assemble import document_from_run
+
+    record, artifacts = pipeline.recorded(store, run_id)
+    document = document_from_run(record, artifacts)
+    return document, reports.write(document, store.run_folder(record["run_id"]))
+
+
+def _show(document: Document, path: Path, terminal: Terminal) -> None:
+    from edgekd.report import tables
+
+    ladder = tables.ladder(document)
+    shown = [ladder.columns.index(name) for name in LADDER_COLUMNS]
+    rows = [row.cells for row in ladder.rows if not row.reason]
+    terminal.table(LADDER_COLUMNS, [[cells[column] for column in shown] for cells in rows])
+    terminal.say("")
+    terminal.say(f"{document.verdict.status}: {tables.headline(document)}")
+    terminal.say(str(path))
+
+
+def _judge(document: Document, path: Path) -> None:
+    """Raises ResultInvalid or BudgetMissed: the report is there, and the exit code says how it ended."""
+    verdict = document.verdict
+    if verdict.status == "INVALID":
+        raise ResultInvalid(
+            f"the measurement does not hold: {verdict.reasons[0]}",
+            allowed=f"reasons: {len(verdict.reasons)}, all in {path}",
+            fix="quiet the machine and measure again: edgekd bench",
+        )
+    measured = verdict.status == "VALID"  # without a device, only what is known already is judged
+    missed = [budget for budget in verdict.budgets if not budget.met and (measured or budget.value is not None)]
+    if missed:
+        first = missed[0]
+        raise BudgetMissed(
+            f"budgets.{first.name} = {first.limit:g} is missed: {first.value:.4g}" if first.value is not None
+            else f"budgets.{first.name} could not be measured",
+            allowed=f"{len(missed)} of {len(verdict.budgets)} budgets missed, all in {path}",
+            fix="train longer, choose a larger student or another quantize.method, or relax the budget",
+        )  # fmt: skip

@@ -1,0 +1,15 @@
+"""What each stage makes. A stage is a function of the job, its input artifacts and two folders: the artifact to fill,
+and scratch that survives a kill. It returns the result that goes into the manifest.
+
+torch is imported inside the stages that train or export: planning and reporting work without it.
+"""
+
+from edgekd.stages.deploying import bench, engine
+from edgekd.stages.exporting import onnx, quantize
+from edgekd.stages.job import CURVES, ENGINE, LABELS, LOGITS, MODEL, WEIGHTS, Inputs, Job
+from edgekd.stages.training import finetune, scratch, student, teacher
+
+__all__ = [
+    "CURVES", "ENGINE", "LABELS", "LOGITS", "MODEL", "WEIGHTS", "Inputs", "Job", "bench", "engine", "finetune", "onnx",
+    "quantize", "scratch", "student", "teacher",
+]  # fmt: skip

@@ -1,0 +1,77 @@
+"""The stages that compile and measure."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd import backends
+from edgekd.backends import Engine
+from edgekd.bench import benchmark
+from edgekd.device import Device
+from edgekd.errors import StageError
+from edgekd.stages.job import ENGINE, LABELS, LOGITS, MODEL, Inputs, Job, accuracy, test_logits
+
+
+def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
+    """Compile a model for the target's preferred backend; where that is done here, measure what it made."""
+    model = _dialect(job, inputs, work) if "quantize" in inputs else inputs[f"onnx-{subject}"].file(MODEL)
+    problems = job.backend.check(model)
+    if problems:
+        raise StageError(
+            f"backend {job.backend.name} cannot run {subject}.onnx: {problems[0]}",
+            allowed=f"{len(problems)} problem{'s' * (len(problems) > 1)} in all",
+            fix="choose another backend in the target, or change the network",
+        )
+    job.on_progress(0.2, f"compiling for {job.backend.name}")
+    built = Engine(subject, out / ENGINE, job.backend.runner, job.backend.name)
+    built.folder.mkdir()
+    facts = job.backend.compile(model, built.folder, threads=job.target.threads)
+    result: dict[str, Any] = {"backend": job.backend.name, "facts": facts, "size_bytes": _size(built.folder)}
+    if job.backend.builds_on == "host":
+        job.on_progress(0.5, "measuring the engine")
+        run = backends.load_runner(built).run
+        logits = test_logits(job, run)
+        np.save(out / LOGITS, logits)
+        result |= accuracy(logits, job.dataset.test.labels)
+    return result
+
+
+def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
+    """Deploy both engines to the device and measure them there, interleaved, for speed and accuracy."""
+    spec = job.recipe.benchmark
+    labels = job.dataset.test.labels[: spec.accuracy_samples]
+    engines = {
+        subject: Engine(subject, inputs[f"engine-{subject}"].file(ENGINE), job.backend.runner, job.backend.name)
+        for subject in ("student", "teacher")
+    }
+    session = work / "session"
+    found = benchmark(
+        engines["student"], engines["teacher"], samples=job.images(0, len(labels)), labels=labels,
+        device=Device(job.device or job.target.device, work), workdir=session, seconds=spec.seconds,
+        launches=spec.launches, mode=spec.mode, seed=job.recipe.seed,
+        on_progress=lambda share, left_s, text: job.on_progress(share, text),
+    )  # fmt: skip
+    for file in session.iterdir():
+        if file.name != "samples.npy":  # the images can be made again from the data, and are large
+            shutil.copy(file, out)
+    np.save(out / LABELS, labels)
+    return found
+
+
+def _dialect(job: Job, inputs: Inputs, work: Path) -> Path:
+    """The quantized model as the backend wants it written."""
+    import onnx
+
+    from edgekd.quantize import dialects
+
+    file = work / MODEL
+    onnx.save(dialects.translated(onnx.load(inputs["quantize"].file(MODEL)), job.backend.dialect), file)
+    return file
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,172 @@
+"""The stages that make ONNX files: export from torch, and quantization."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd import __version__, backends, registry
+from edgekd.artifact import Artifact
+from edgekd.backends import Backend, Engine
+from edgekd.errors import ExportError
+from edgekd.quantize.quantizers import ModelQuantizer, Samples
+from edgekd.stages.job import CURVES, LABELS, LOGITS, MODEL, Array, Inputs, Job, accuracy, test_logits
+
+# Less work than this is not shared by threads: on a busy machine they mostly wait for each other.
+SMALL_MACS = 1e11
+# Calibration images on which the layers of both models are compared.
+ACCOUNT_IMAGES = 128
+# Share of the test images on which the deployed model may answer otherwise than what was trained.
+DISAGREEMENT = 0.001
+
+
+def onnx(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
+    """Export a network, and compare what ONNX Runtime makes of it with torch, on the whole test set."""
+    from edgekd import export, parity
+
+    spec, test = job.recipe.export, job.dataset.test
+    network = job.restore(subject, inputs[subject])
+    job.on_progress(0.1, "exporting")
+    result = export.export(
+        network, out / MODEL, example=job.images(0, 1), **export_settings(job, subject, inputs[subject])
+    )
+    job.on_progress(0.5, "comparing with torch")
+    try:
+        small = inputs[subject].result["macs"] * len(test) < SMALL_MACS
+        logits = test_logits(job, _reference(out / MODEL, work, threads=1 if small else len(os.sched_getaffinity(0))))
+    except Exception as error:  # ONNX Runtime's own, which have no common class
+        raise ExportError(
+            f"ONNX Runtime cannot run {subject}.onnx: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            allowed=f"it was exported for a {spec.batch} batch, opset {result['opset']}",
+            fix="set export.batch = static, or try another export.opset",
+        ) from error
+    found = parity.parity(
+        network, lambda index: job.dataset.normalize(test.images[index]), np.load(inputs[subject].file(LOGITS)), logits,
+        spec.tolerance,
+    )  # fmt: skip
+    found.check(f"{subject}.onnx")
+    np.save(out / LOGITS, logits)
+    return {**result, "parity": found.as_dict(), **accuracy(logits, test.labels)}
+
+
+def quantize(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
+    """Write the quantized student, and account for what it cost: in accuracy, layer by layer, class by class."""
+    import onnx as onnx_package
+
+    from edgekd.quantize import account, dialects
+
+    quantizer, dataset, exported = job.quantizer(), job.dataset, inputs["onnx-student"]
+    samples = dataset.normalize(job.calibration.samples.images)
+    if "finetune" in inputs:
+        shutil.copyfile(inputs["finetune"].file(MODEL), out / MODEL)
+        facts = inputs["finetune"].result["quantizer"]
+    else:
+        assert isinstance(quantizer, ModelQuantizer)
+        facts = quantizer.write(exported.file(MODEL), out / MODEL, _samples(job, inputs, samples))
+    job.on_progress(0.8, "measuring on the test set")
+    logits = test_logits(job, _reference(out / MODEL, work, threads=1))
+    np.save(out / LOGITS, logits)
+    np.save(out / LABELS, dataset.test.labels)
+    measured, before = accuracy(logits, dataset.test.labels), np.load(exported.file(LOGITS))
+    job.on_progress(0.9, "comparing layer by layer")
+    model = onnx_package.load(out / MODEL)
+    stored = dialects.translated(model, "onnxruntime_uint8").ByteSize()  # weights as their codes
+    curves = json.loads(inputs.get("finetune", inputs["student"]).file(CURVES).read_text(encoding="utf-8"))
+    found = account.of(model, curves, samples[:ACCOUNT_IMAGES]) | facts.get("account", {})
+    return {
+        **measured,
+        "size_bytes": stored,
+        "method": job.recipe.quantize.method,
+        "precision": quantizer.precision,
+        "options": job.recipe.quantize.options,
+        "calibration": job.calibration.about,
+        "calibrate": facts.get("calibrate"),
+        "search": facts.get("search"),
+        "keep_float": facts.get("keep_float", []),
+        "accuracy": {"n": measured["n"], "float_top1": exported.result["top1"], "top1": measured["top1"]},
+        "size": {"float_bytes": exported.result["size_bytes"], "bytes": stored},
+        "classes": account.classes(dataset.test.labels, before, logits, dataset.class_names),
+        **found,
+        "agreement": _agreement(inputs["finetune"], logits) if "finetune" in inputs else None,
+        "warnings": [*job.calibration.warnings, *facts.get("warnings", [])],
+        "suggestions": [row["suggestion"] for row in found["layers"] if row["suggestion"]],
+    }
+
+
+def _samples(job: Job, inputs: Inputs, calibration: Array) -> Samples:
+    """What a quantizer of ONNX models may look at."""
+    dataset, drop = job.dataset, job.recipe.budgets.accuracy_drop
+    target = None
+    if drop is not None and job.recipe.quantize.options.get("auto_mixed"):
+        from edgekd import distill
+
+        job.on_progress(0.0, "measuring the teacher on the validation split")
+        logits = distill.predict(job.restore("teacher", inputs["teacher"]), dataset.val, dataset)
+        target = accuracy(logits, dataset.val.labels)["top1"] - drop
+    return Samples(calibration, dataset.normalize(dataset.val.images), dataset.val.labels, target, job.on_progress)
+
+
+def _agreement(trained: Artifact, logits: Array) -> dict[str, Any]:
+    """What was trained, by torch, against the model that is deployed, by ONNX Runtime, on the test set."""
+    expected = np.load(trained.file(LOGITS))
+    differing = int((expected.argmax(1) != logits.argmax(1)).sum())
+    found = {"n": len(logits), "top1_agreement": 1 - differing / len(logits),
+             "max_difference": float(np.abs(expected - logits).max())}  # fmt: skip
+    if differing > max(1, DISAGREEMENT * len(logits)):
+        raise ExportError(
+            f"the quantized model answers otherwise than the network that was trained: {differing} of {len(logits)}"
+            " test images",
+            allowed=f"expected: at most {DISAGREEMENT:.1%}; the largest difference is {found['max_difference']:.3g}",
+            fix="use quantize.method = ptq, and report this network",
+        )
+    return found
+
+
+def export_settings(job: Job, subject: str, artifact: Artifact) -> dict[str, Any]:
+    """How a network of this job is written as ONNX, as keywords of `export.export`."""
+    spec = job.recipe.export
+    return {
+        "opset": spec.opset or job.target.opset,
+        "form": job.form(subject),
+        "dynamic_batch": spec.batch == "dynamic",
+        "metadata": _metadata(job, subject, artifact),
+    }
+
+
+def _metadata(job: Job, subject: str, artifact: Artifact) -> dict[str, Any]:
+    """What a user of the ONNX file alone has to know; `Image.BitmapPixelFormat` is a key of the ONNX standard."""
+    dataset, part = job.dataset, job.part(subject)
+    recipe = json.dumps(artifact.manifest["spec"], sort_keys=True)  # the part of it that made this network
+    return {
+        "task": "image-classification",
+        "class_names": list(dataset.class_names),
+        "input_size": list(astuple(dataset.shape)),
+        "input_layout": "NCHW",
+        "preprocessing": "(pixel / 255 - mean) / std",
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "Image.BitmapPixelFormat": "Gray8" if dataset.shape.channels == 1 else "Rgb8",
+        "edgekd.version": __version__,
+        "edgekd.network": part.network,
+        "edgekd.activation": part.activation,
+        "edgekd.recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
+    }
+
+
+def _reference(model: Path, work: Path, threads: int) -> Callable[[Array], Array]:
+    """ONNX Runtime on the CPU, which says what an ONNX file computes."""
+    reference: Backend = registry.create("backend", "onnxruntime")
+    folder = work / "reference"
+    folder.mkdir(exist_ok=True)
+    reference.compile(model, folder, threads=threads)
+    engine = Engine("reference", folder, reference.runner, reference.name)
+    run: Callable[[Array], Array] = backends.load_runner(engine).run
+    return run

@@ -1,0 +1,151 @@
+"""Quantization as a part of a run: what the stage leaves, what reaches the engine, and how a missed budget ends."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from tiny_job import TINY, make_job
+
+from edgekd import pipeline, registry, stages
+from edgekd.data import calibration
+from edgekd.quantize import rules
+
+PTQ = "quantize.method=ptq"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Of one run up to the engine, in INT8."""
+    root = tmp_path_factory.mktemp("quantize") / "store"
+    pipeline.run(make_job(root, PTQ), "engine-student")
+    return root
+
+
+def quantized(store, *overrides):
+    """All artifacts of a quantized run."""
+    return pipeline.run(make_job(store, PTQ, *overrides), "engine-student")
+
+
+def test_the_stage_leaves_an_account(store):
+    artifacts = quantized(store)
+    result, exported = artifacts["quantize"].result, artifacts["onnx-student"].result
+    assert result["precision"] == "int8" and result["method"] == "ptq"
+    assert result["accuracy"] == {"n": 50, "float_top1": exported["top1"], "top1": result["top1"]}
+    logits, labels = (np.load(artifacts["quantize"].file(name)) for name in (stages.LOGITS, stages.LABELS))
+    assert result["top1"] == (logits.argmax(1) == labels).mean()
+    assert [row["layer"] for row in result["layers"]] and all(row["quantized"] for row in result["layers"])
+    assert len(result["lma"]) == 7 and {row["layer"] for row in result["lma"]} == {
+        curve["name"] for curve in json.loads(artifacts["student"].file(stages.CURVES).read_text())
+    }
+    assert [row["n"] for row in result["classes"]] == np.bincount(labels, minlength=10).tolist()
+    assert result["findings"] == [] and result["still_float"] == []
+    assert len(result["calibrate"]["tried"]) == 4
+    assert result["calibration"]["n"] == sum(result["calibration"]["class_counts"].values())
+    assert result["size"]["bytes"] < result["size"]["float_bytes"] == exported["size_bytes"]
+    assert rules.check(onnx.load(artifacts["quantize"].file(stages.MODEL))) == []
+
+
+def test_the_engine_gets_the_backends_dialect(store):
+    artifacts = quantized(store)
+    deployed = onnx.load(artifacts["engine-student"].file(stages.ENGINE) / "model.onnx")
+    codes = {tensor.name: tensor.data_type for tensor in deployed.graph.initializer}
+    assert codes["zero_point_uint8"] == onnx.TensorProto.UINT8
+    assert abs(artifacts["engine-student"].result["top1"] - artifacts["quantize"].result["top1"]) <= 0.04
+    teacher = onnx.load(artifacts["engine-teacher"].file(stages.ENGINE) / "model.onnx")
+    assert not any(node.op_type == "QuantizeLinear" for node in teacher.graph.node)
+
+
+def test_a_float_run_shares_everything_up_to_the_export(store):
+    job = make_job(store)
+    actions = {one.stage: one.action for one in pipeline.plan(job, "engine-student")}
+    assert "quantize" not in actions and "finetune" not in actions
+    assert actions == {
+        **dict.fromkeys(("teacher", "scratch", "student", "onnx-teacher", "onnx-student", "engine-teacher"), "reuse"),
+        "engine-student": "run",
+    }
+
+
+def test_options_decide_what_is_made_again(store):
+    def action(*overrides: str) -> str:
+        return {one.stage: one.action for one in pipeline.plan(make_job(store, PTQ, *overrides), "quantize")}["quantize"]
+
+    assert action() == "reuse"
+    assert action("budgets.accuracy_drop=0.5") == "reuse"  # without a search, the budget changes nothing
+    assert action("quantize.auto_mixed=true") == "run"
+    assert action("quantize.calibrate=entropy") == "run"
+    assert action("quantize.calibration_seed=1") == "run"
+
+
+def test_layers_named_by_the_user_stay_in_float(store):
+    result = quantized(store, "quantize.calibrate=minmax", "quantize.keep_float=[fc]")["quantize"].result
+    assert result["keep_float"] == ["fc"]
+    assert {row["layer"]: row["quantized"] for row in result["layers"]}["fc"] is False
+    assert result["still_float"] == ["fc"]
+
+
+def test_the_search_starts_from_the_budget(store):
+    overrides = ("quantize.auto_mixed=true", "quantize.search_minutes=0.05", "budgets.accuracy_drop=0.0")
+    found = quantized(store, *overrides)["quantize"].result["search"]
+    assert found["tried"][0]["keep_float"] == 0
+    assert found["met"] or found["top1"] >= found["tried"][0]["top1"]
+
+
+def test_a_named_calibration_set_is_used(store, tmp_path):
+    file = tmp_path / "mine.yaml"
+    calibration.save(calibration.make("digits", {}, n=40, seed=3), file)
+    result = quantized(store, f"quantize.calibration={file}", "quantize.calibrate=minmax")["quantize"].result
+    assert result["calibration"]["source"] == str(file)
+    assert (result["calibration"]["n"], result["calibration"]["seed"]) == (40, 3)
+
+
+def test_every_quantizer_goes_through_to_the_engine(store):
+    for entry in registry.entries("quantizer"):
+        quick = ["quantize.epochs=1"] if "epochs" in entry.options else []
+        artifacts = pipeline.run(make_job(store, f"quantize.method={entry.name}", *quick), "engine-student")
+        assert ("quantize" in artifacts) == (entry.name != "none")
+        assert ("finetune" in artifacts) == entry.load().trains
+        if "quantize" in artifacts:
+            result = artifacts["quantize"].result
+            assert result["size"]["bytes"] < result["size"]["float_bytes"], entry.name
+            assert artifacts["engine-student"].result["top1"] == pytest.approx(result["top1"], abs=0.04)
+
+
+def test_a_missed_budget_ends_with_code_5_and_a_report(main, store, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    line = ["quantize", tmp_path / "tiny.yaml", "--store", store, "--set", PTQ, "--set", "budgets.size_bytes=1000"]
+    code, out, err = main(*line)
+    assert code == 5
+    assert err.splitlines()[-3].startswith("error: budgets.size_bytes = 1000 is missed: ")
+    report = store / "runs" / sorted((store / "runs").iterdir())[-1].name / "report.html"
+    assert "Quantization" in report.read_text()
+    assert str(report) in out
+
+
+def test_quantize_without_a_method_says_how_to_name_one(main, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    code, _, err = main("quantize", tmp_path / "tiny.yaml", "--store", tmp_path / "store")
+    assert code == 2
+    assert err.splitlines() == [
+        "error: the recipe tiny asks for no quantization: quantize.method = none",
+        "       see: edgekd list quantizers",
+        "fix:   --set quantize.method=ptq",
+    ]
+
+
+def test_calib_writes_a_set_that_quantize_takes(main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = main("calib", "digits", "--images", 60, "--seed", 1)
+    assert (code, out) == (0, "calib-digits-60-1.yaml\n")
+    assert calibration.load("calib-digits-60-1.yaml").selection.n == 60
+
+
+def test_the_study_of_calibration_sets(main, store, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    code, out, _ = main("calib", tmp_path / "tiny.yaml", "--store", store, "--study", "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert [(row["images"], row["seed"]) for row in rows[:3]] == [(16, 0), (16, 1), (16, 2)]
+    assert rows[-1]["images"] < 256 and all(0 <= row["top1"] <= 1 for row in rows)
