@@ -70,7 +70,9 @@ def test_a_float_run_shares_everything_up_to_the_export(store):
 
 def test_options_decide_what_is_made_again(store):
     def action(*overrides: str) -> str:
-        return {one.stage: one.action for one in pipeline.plan(make_job(store, PTQ, *overrides), "quantize")}["quantize"]
+        return {one.stage: one.action for one in pipeline.plan(make_job(store, PTQ, *overrides), "quantize")}[
+            "quantize"
+        ]
 
     assert action() == "reuse"
     assert action("budgets.accuracy_drop=0.5") == "reuse"  # without a search, the budget changes nothing

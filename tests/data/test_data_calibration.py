@@ -7,7 +7,7 @@ import pytest
 import yaml
 from formats import write_folder
 
-from edgekd.data import calibration, load
+from edgekd.data import Dataset, Split, calibration, load
 from edgekd.data.loading import read
 from edgekd.errors import DataError, RecipeError
 from edgekd.target import shipped_folder
@@ -104,3 +104,94 @@ def test_a_set_that_does_not_exist():
         calibration.load("digit")
     assert "digit.yaml cannot be read: No such file or directory" in error.value.what
     assert error.value.fix == "name a shipped calibration set (digits), or a .yaml file"
+
+
+# --- the images that a quantizer looks at -------------------------------------------------------------------------
+
+
+def small(train, test=None, labels=None) -> Dataset:
+    """A data set of uint8 images; two classes, unless `labels` say otherwise."""
+    labels = np.arange(len(train)) % 2 if labels is None else labels
+    test = np.full((1, *train.shape[1:]), 9, np.uint8) if test is None else test
+    split, held = Split(train, labels), Split(test, np.zeros(len(test), np.int64))
+    return Dataset("folder", split, held, held, ("cat", "dog"), (0.5,), (0.5,))
+
+
+def noise(n, seed=0, side=4):
+    return np.random.default_rng(seed).integers(0, 255, (n, 1, side, side), np.uint8)
+
+
+def test_drawn_images_are_of_all_classes_and_of_train_alone():
+    dataset = load("digits", {})
+    found = calibration.of(dataset, None, {}, n=50, seed=0)
+    assert found.about["class_counts"] == {str(k): 5 for k in range(10)} and found.about["n"] == 50
+    assert found.warnings == ()
+    train = {image.tobytes() for image in dataset.train.images}
+    assert all(image.tobytes() in train for image in found.samples.images)
+    again, other = (calibration.of(dataset, None, {}, n=50, seed=seed).about["sha256"] for seed in (0, 1))
+    assert again == found.about["sha256"] != other
+
+
+def test_images_that_test_has_too_are_not_drawn():
+    images = noise(40)
+    found = calibration.of(small(images, test=images[:10]), None, {}, n=40, seed=0)
+    assert not any((image == images[:10]).all((1, 2, 3)).any() for image in found.samples.images)
+    assert 20 <= found.about["n"] <= 30
+
+
+def test_a_class_without_an_image_is_told():
+    labels = np.array([0] * 20 + [1], np.int64)  # its only image stays in the rest
+    dataset = small(noise(21), labels=labels)
+    three = Dataset(**{**vars(dataset), "class_names": ("cat", "dog", "cow")})
+    three.train.labels[:10] = 2
+    found = calibration.of(three, None, {}, n=12, seed=0)
+    assert found.warnings == ("calibrated without an image of: dog",)
+    assert found.about["class_counts"]["dog"] == 0
+
+
+@pytest.mark.parametrize(
+    ("dataset", "what", "allowed"),
+    [
+        (small(noise(20), labels=np.zeros(20, np.int64)), "all images are of the class cat", "images of all 2 classes"),
+        (small(np.full((20, 1, 4, 4), 7, np.uint8)), "no image in it has two different pixels", "images like those"),
+    ],
+    ids=["one class", "constant"],
+)
+def test_images_that_cannot_calibrate(dataset, what, allowed):
+    with pytest.raises(DataError) as error:
+        calibration.of(dataset, None, {}, n=10, seed=0)
+    assert error.value.what == f"calibration set train, drawn with seed 0: {what}"
+    assert allowed in error.value.allowed
+    assert error.value.fix == "raise quantize.calibration_images, or make another set: edgekd calib"
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda d: Dataset(**{**vars(d), "name": "npz"}), "it is of folder"),
+        (lambda d: Dataset(**{**vars(d), "train": Split(noise(4, side=5), np.arange(4) % 2)}), "images of 3x6x6"),
+    ],
+    ids=["source", "size"],
+)
+def test_a_set_of_other_images(saved, change, what):
+    file, path = saved
+    dataset = load("folder", {"path": path})
+    with pytest.raises(DataError, match=what) as error:
+        calibration.of(change(dataset), str(file), {"path": path}, n=1, seed=0)
+    assert error.value.what.startswith(f"calibration set {file}: ") and error.value.fix.endswith("edgekd calib")
+
+
+def test_a_set_with_test_images(saved):
+    file, path = saved
+    dataset = load("folder", {"path": path})
+    made = calibration.load(str(file), {"path": path})
+    leaked = Split(made.samples.images[3:4], made.samples.labels[3:4])
+    with pytest.raises(DataError) as error:
+        calibration.of(Dataset(**{**vars(dataset), "test": leaked}), str(file), {"path": path}, n=1, seed=0)
+    sample = made.selection.sample_ids[3]
+    assert str(error.value) == (
+        f"error: calibration set {file}: 1 of its images are in the test split, sample {sample} first\n"
+        "       what is measured on must not have been seen before\n"
+        "fix:   make one from this data: edgekd calib"
+    )
+    assert len(calibration.of(dataset, str(file), {"path": path}, n=1, seed=0).samples) == 9
