@@ -23,7 +23,7 @@ import onnx
 import onnxruntime
 from results import spread, summary, table, write_section
 
-from edgekd import activations, export, networks, quantize
+from edgekd import activations, export, networks
 from edgekd.data import Shape
 from edgekd.quantize import account, dialects, ptq
 

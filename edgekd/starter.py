@@ -61,6 +61,9 @@ distill:
 export:
   batch: dynamic              # or static, for compilers that want it
 
+quantize:
+  method: none                # ptq: INT8 without training; see: edgekd list quantizers
+
 benchmark:
   seconds: 10                 # measuring time, student and teacher together
 

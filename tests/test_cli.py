@@ -16,10 +16,14 @@ from tiny_job import TINY
 
 import edgekd as package
 from edgekd import cli, registry
-from edgekd.cli import KINDS
+from edgekd.cli import running
+from edgekd.cli.looking import KINDS
 from edgekd.errors import BudgetMissed, ResultInvalid
 
-COMMANDS = ("bench", "compile", "distill", "doctor", "export", "init", "list", "plan", "report", "run", "schema")
+COMMANDS = (
+    "bench", "calib", "compile", "distill", "doctor", "export", "init", "list", "plan", "quantize", "report", "run",
+    "schema",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -222,7 +226,7 @@ def judged(done, **verdict) -> Exception | None:
     document = document_from_run(*pipeline.recorded(Store(done.store)))
     document = document.model_copy(update={"verdict": document.verdict.model_copy(update=verdict)})
     try:
-        cli._judge(document, Path("report.html"))
+        running._judge(document, Path("report.html"))
     except Exception as problem:
         return problem
     return None
@@ -239,7 +243,7 @@ def test_a_missed_budget(done):
     assert isinstance(problem, BudgetMissed) and str(problem).splitlines() == [
         "error: budgets.p99_ms = 5 is missed: 7.125",
         "       1 of 2 budgets missed, all in report.html",
-        "fix:   train longer, choose a larger student, or relax the budget",
+        "fix:   train longer, choose a larger student or another quantize.method, or relax the budget",
     ]
 
 

@@ -75,5 +75,8 @@ def calib(
         return
     terminal.table(
         ("images", "seed", "top-1 of the validation split", "SQNR of the logits"),
-        [(str(row["images"]), str(row["seed"]), f"{row['top1']:.2%}", f"{row['logits_sqnr_db']:.1f} dB") for row in rows],
+        [
+            (str(row["images"]), str(row["seed"]), f"{row['top1']:.2%}", f"{row['logits_sqnr_db']:.1f} dB")
+            for row in rows
+        ],
     )

@@ -196,7 +196,7 @@ def _show(document: Document, path: Path, terminal: Terminal) -> None:
     rows = [row.cells for row in ladder.rows if not row.reason]
     terminal.table(LADDER_COLUMNS, [[cells[column] for column in shown] for cells in rows])
     terminal.say("")
-    terminal.say(f"{document.verdict.status}: {tables.headline(document)}")
+    terminal.say(f"{document.verdict.status_text}: {tables.headline(document)}")
     terminal.say(str(path))
 
 
@@ -209,13 +209,11 @@ def _judge(document: Document, path: Path) -> None:
             allowed=f"reasons: {len(verdict.reasons)}, all in {path}",
             fix="quiet the machine and measure again: edgekd bench",
         )
-    measured = verdict.status == "VALID"  # without a device, only what is known already is judged
-    missed = [budget for budget in verdict.budgets if not budget.met and (measured or budget.value is not None)]
+    missed = [budget for budget in verdict.budgets if budget.met is False]
     if missed:
         first = missed[0]
         raise BudgetMissed(
-            f"budgets.{first.name} = {first.limit:g} is missed: {first.value:.4g}" if first.value is not None
-            else f"budgets.{first.name} could not be measured",
+            f"budgets.{first.name} = {first.limit:g} is missed: {first.value:.4g}",
             allowed=f"{len(missed)} of {len(verdict.budgets)} budgets missed, all in {path}",
             fix="train longer, choose a larger student or another quantize.method, or relax the budget",
-        )  # fmt: skip
+        )

@@ -80,6 +80,12 @@ def with_rounded_branches(model: onnx.ModelProto) -> onnx.ModelProto:
     return _with_nodes(model, nodes)
 
 
+def rounds_branches(model: onnx.ModelProto) -> bool:
+    """Whether `with_rounded_branches` changes what an int8 model computes."""
+    stored = next((entry.value for entry in model.metadata_props if entry.key == BRANCH_SCALES), "{}")
+    return bool(json.loads(stored))
+
+
 def with_integer_relu(model: onnx.ModelProto) -> onnx.ModelProto:
     """ReLU and Clip behind the rounding: the same numbers, and the layer in front of them ends in a pair.
 

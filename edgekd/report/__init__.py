@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from edgekd.errors import StoreError
-from edgekd.report.document import Absent, Document, load
+from edgekd.report.document import Document, load
+from edgekd.report.part import Absent
 
 __all__ = ["Absent", "Document", "load", "write"]
 

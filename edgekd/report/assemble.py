@@ -12,9 +12,8 @@ import numpy.typing as npt
 from edgekd import stats
 from edgekd.artifact import Artifact
 from edgekd.report.document import (
+    NETWORKS,
     RUNGS,
-    Absent,
-    AccuracyChange,
     Activation,
     Budget,
     Confusion,
@@ -31,16 +30,20 @@ from edgekd.report.document import (
     Training,
     Verdict,
 )  # fmt: skip
+from edgekd.report.part import Absent, AccuracyChange
+from edgekd.report.quantization import Quantization
 
 Logits = npt.NDArray[np.float32]
 Artifacts = Mapping[str, Artifact]
 NOT_BENCHED = Absent(reason="Not measured yet: edgekd bench.")
+NOT_ASKED_FOR = "The recipe asks for no quantization."
 # From which artifact each rung takes its accuracy, and where its size is to be seen.
 SOURCES: dict[Rung, str] = {
     "teacher": "teacher",
     "scratch": "scratch",
     "student": "student",
     "onnx": "onnx-student",
+    "quantized": "quantize",
     "engine": "engine-student",
     "device": "bench",
 }
@@ -56,13 +59,13 @@ def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Docume
         command=record["command"],
         recipe=record["recipe"],
         target=record["target"],
-        verdict=_verdict(record, ladder, bench),
+        verdict=_verdict(record, ladder, artifacts),
         ladder=ladder,
         latency=_latencies(bench),
         training=_training(artifacts),
         confusion=_confusion(artifacts),
         activation=_activation(artifacts),
-        quantization=Absent(reason="The student was not quantized."),
+        quantization=_quantization(record, artifacts),
         telemetry=_telemetry(bench),
         environment=_environment(artifacts),
         artifacts=[_listed(stage, artifact) for stage, artifact in artifacts.items()],
@@ -71,30 +74,44 @@ def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Docume
 
 
 def _row(rung: Rung, record: Mapping[str, Any], artifacts: Artifacts) -> LadderRow:
-    if rung == "quantized":
-        return LadderRow(rung=rung, reason="the student was not quantized")
     artifact = artifacts.get(SOURCES[rung])
     if artifact is None:
-        unwanted = rung == "scratch" and not record["recipe"]["distill"]["scratch"]
-        return LadderRow(rung=rung, reason="switched off in the recipe" if unwanted else "not made yet")
+        return LadderRow(rung=rung, reason=_why_not(rung, record["recipe"]))
+    result = artifact.result
     if rung == "device":
-        found, size = artifact.result["accuracy"]["student"], artifacts["engine-student"].result["size_bytes"]
+        found, size = result["accuracy"]["student"], artifacts["engine-student"].result["size_bytes"]
+    elif rung == "quantized":
+        found, size = result["accuracy"], result["size"]["bytes"]
     else:
-        found, size = artifact.result, artifact.result["size_bytes"]
+        found, size = result, result["size_bytes"]
     if "top1" not in found:
         return LadderRow(rung=rung, reason="built on the device; see the row below", size_bytes=size)
     network = artifacts.get("scratch" if rung == "scratch" else "teacher" if rung == "teacher" else "student")
-    right = round(found["top1"] * found["n"])
     return LadderRow(
         rung=rung,
         top1=found["top1"],
         n=found["n"],
-        ci95=stats.wilson(right, found["n"]),
+        ci95=_wilson(found["top1"], found["n"]),
         agreement_with_teacher=_agreement(artifact, artifacts.get("teacher")),
         size_bytes=size,
         params=network.result["params"] if network else None,
         macs=network.result["macs"] if network else None,
     )
+
+
+def _why_not(rung: Rung, recipe: Mapping[str, Any]) -> str:
+    if rung == "scratch" and not recipe["distill"]["scratch"]:
+        return "switched off in the recipe"
+    return NOT_ASKED_FOR if rung == "quantized" and not _quantizes(recipe) else "not made yet"
+
+
+def _quantizes(recipe: Mapping[str, Any]) -> bool:
+    # Recipes of runs from before there was quantization have no such section.
+    return bool(recipe.get("quantize", {"method": "none"})["method"] != "none")
+
+
+def _wilson(top1: float, n: int) -> stats.Interval:
+    return stats.wilson(round(top1 * n), n)
 
 
 def _predictions(artifact: Artifact) -> npt.NDArray[np.int64]:
@@ -110,41 +127,93 @@ def _agreement(artifact: Artifact, teacher: Artifact | None) -> float | None:
     return float((own == teachers[: len(own)]).mean())
 
 
-def _verdict(record: Mapping[str, Any], ladder: list[LadderRow], bench: Artifact | None) -> Verdict:
-    if bench is None:
-        budgets = _budgets(record["recipe"]["budgets"], ladder, None)
-        return Verdict(status="INVALID", reasons=["not measured on a device yet: edgekd bench"], budgets=budgets,
-                       speedup=NOT_BENCHED, accuracy_change=NOT_BENCHED)  # fmt: skip
-    found = bench.result
+def _correct(artifact: Artifact, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    return np.asarray(_predictions(artifact) == labels)
+
+
+def _labels(artifact: Artifact) -> npt.NDArray[np.int64]:
+    labels: npt.NDArray[np.int64] = np.load(artifact.file("test_labels.npy"), allow_pickle=False)
+    return labels
+
+
+def _change(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> AccuracyChange:
+    """From what each of two models gets right, bool [N]."""
+    value, interval = stats.paired_difference(first, second)
+    p_value = stats.mcnemar_p(int((first & ~second).sum()), int((second & ~first).sum()))
+    return AccuracyChange(value=value, ci95=interval, p_value=p_value)
+
+
+def _verdict(record: Mapping[str, Any], ladder: list[LadderRow], artifacts: Artifacts) -> Verdict:
+    limits = record["recipe"]["budgets"]
+    if "bench" not in artifacts:
+        change = _change_so_far(ladder, artifacts)
+        return Verdict(
+            status="NOT_MEASURED",
+            reasons=["nothing was measured on a device: edgekd bench"],
+            budgets=_budgets(limits, ladder, change, None),
+            speedup=NOT_BENCHED,
+            accuracy_change=change,
+        )
+    found = artifacts["bench"].result
+    change = AccuracyChange(**found["accuracy_change"])
     return Verdict(
         status=found["status"],
         reasons=found["reasons"],
-        budgets=_budgets(record["recipe"]["budgets"], ladder, found),
-        speedup=Speedup(**found["speedup"]),
-        accuracy_change=AccuracyChange(**found["accuracy_change"]),
+        budgets=_budgets(limits, ladder, change, found),
+        speedup=Speedup(**found["speedup"], by_launch=found["speedup_by_launch"]),
+        accuracy_change=change,
     )
 
 
+def _change_so_far(ladder: list[LadderRow], artifacts: Artifacts) -> AccuracyChange | Absent:
+    """Of the last model on the way to the device that was measured here."""
+    last = [row.rung for row in ladder if row.top1 is not None][-1:]
+    if "teacher" not in artifacts or not last or last[0] in ("teacher", "scratch"):
+        return Absent(reason="There are no teacher and student yet to compare.")
+    labels = _labels(artifacts["teacher"])
+    first, second = (_correct(artifact, labels) for artifact in (artifacts["teacher"], artifacts[SOURCES[last[0]]]))
+    return _change(first, second)
+
+
 def _budgets(
-    limits: Mapping[str, float | None], ladder: list[LadderRow], found: Mapping[str, Any] | None
+    limits: Mapping[str, float | None],
+    ladder: list[LadderRow],
+    change: AccuracyChange | Absent,
+    found: Mapping[str, Any] | None,
 ) -> list[Budget]:
-    """Each limit that the recipe sets, against the value measured on the device, or the best one known so far."""
-    row = {row.rung: row for row in ladder}
-    sizes = [row[rung].size_bytes for rung in ("device", "engine", "onnx", "student") if row[rung].size_bytes]
+    """Each limit that the recipe sets, against the value measured on the device, or the last one known so far."""
+    sizes = [row.size_bytes for row in ladder if row.rung not in ("teacher", "scratch") and row.size_bytes]
     values: dict[str, float | None] = {
-        "accuracy_drop": -found["accuracy_change"]["value"] if found else None,
+        "accuracy_drop": None if isinstance(change, Absent) else -change.value,
         "p99_ms": found["latency"]["student"]["p99_ms"] if found else None,
-        "size_bytes": sizes[0] if sizes else None,
+        "size_bytes": sizes[-1] if sizes else None,
         "speedup": found["speedup"]["value"] if found else None,
     }
     budgets = []
     for name, limit in limits.items():
         if limit is not None:
             value = values[name]
-            met = value is not None and (value >= limit if name == "speedup" else value <= limit)
+            met = None if value is None else value >= limit if name == "speedup" else value <= limit
             bound: Any = "at least" if name == "speedup" else "at most"
             budgets.append(Budget(name=name, limit=limit, value=value, met=met, bound=bound))
     return budgets
+
+
+def _quantization(record: Mapping[str, Any], artifacts: Artifacts) -> Quantization | Absent:
+    if not _quantizes(record["recipe"]):
+        return Absent(reason=NOT_ASKED_FOR)
+    if "quantize" not in artifacts:
+        return Absent(reason="Not quantized yet: edgekd quantize.")
+    artifact = artifacts["quantize"]
+    result, labels = artifact.result, _labels(artifact)
+    found = result["accuracy"]
+    accuracy = found | {
+        "float_ci95": _wilson(found["float_top1"], found["n"]),
+        "ci95": _wilson(found["top1"], found["n"]),
+        "change": _change(_correct(artifacts["onnx-student"], labels), _correct(artifact, labels)),
+    }
+    fields = {name: result[name] for name in Quantization.model_fields}
+    return Quantization.model_validate(fields | {"accuracy": accuracy})
 
 
 def _latencies(bench: Artifact | None) -> Latencies:
@@ -167,8 +236,10 @@ def _latency(bench: Artifact, name: str) -> Latency:
 
 def _training(artifacts: Artifacts) -> dict[Network, Training | Absent]:
     curves: dict[Network, Training | Absent] = {}
-    for name in ("teacher", "scratch", "student"):
+    for name in NETWORKS:
         artifact = artifacts.get(name)
+        if artifact is None and name == "finetune":
+            continue  # most recipes have none
         if artifact is None:
             curves[name] = Absent(reason="Not trained in this run.")
         elif "epochs" not in artifact.result:
@@ -196,7 +267,7 @@ def _confusion(artifacts: Artifacts) -> Confusion | Absent:
 
 
 def _counts(predictions: npt.NDArray[np.int64], artifact: Artifact, k: int) -> list[list[int]]:
-    labels = np.load(artifact.file("test_labels.npy"), allow_pickle=False)
+    labels = _labels(artifact)
     return np.bincount(labels * k + predictions, minlength=k * k).reshape(k, k).tolist()
 
 

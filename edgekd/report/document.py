@@ -7,78 +7,77 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from edgekd.errors import StoreError
+from edgekd.report.part import Absent, AccuracyChange, Count, Part, Positive, Ratio, Span
+from edgekd.report.quantization import Quantization
 
 SCHEMA_VERSION: Literal[1] = 1
 MAX_SAMPLES = 2000
 
-Rung = Literal["teacher", "scratch", "student", "quantized", "onnx", "engine", "device"]
+# In the order in which a model passes them: it is the exported ONNX model that is quantized.
+Rung = Literal["teacher", "scratch", "student", "onnx", "quantized", "engine", "device"]
 RUNGS: tuple[Rung, ...] = get_args(Rung)
-Network = Literal["teacher", "scratch", "student"]
-Ratio = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Span = tuple[float, float]
-
-
-class Part(BaseModel):
-    """A frozen piece of the document that refuses unknown fields, NaN and infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Absent(Part):
-    """In place of something that this run did not find: the reason, as a sentence for the reader."""
-
-    reason: str = Field(min_length=1)
-
-
+Network = Literal["teacher", "scratch", "student", "finetune"]
+NETWORKS: tuple[Network, ...] = get_args(Network)
 NOT_RECORDED = Absent(reason="This run did not record it.")
 
 
 class Budget(Part):
-    """A limit of the recipe and the value measured against it; `bound` says on which side of the limit is good."""
+    """A limit of the recipe and the value measured against it, both None where nothing measured it yet.
+
+    `bound` says on which side of the limit is good.
+    """
 
     name: str
     limit: float
     value: float | None
-    met: bool
+    met: bool | None
     bound: Literal["at most", "at least"] = "at most"
+
+    @model_validator(mode="after")
+    def _judged_when_measured(self) -> Self:
+        if (self.value is None) != (self.met is None):
+            raise ValueError(f"budget {self.name}: value and met go together")
+        return self
 
 
 class Speedup(Part):
-    """Teacher latency over student latency (above 1: the student is faster) with its 95% interval."""
+    """Teacher latency over student latency (above 1: the student is faster) with its 95% interval.
+
+    `by_launch`: the ratio of every launch of fresh processes, in time order.
+    """
 
     value: Positive
     ci95: Span
-
-
-class AccuracyChange(Part):
-    """Student top-1 minus teacher top-1 on the same samples, as a ratio, with 95% interval and McNemar's p-value."""
-
-    value: float = Field(ge=-1, le=1)
-    ci95: Span
-    p_value: Ratio
+    by_launch: list[Positive] = Field([])
 
 
 class Verdict(Part):
-    """Whether the measurement holds, why not, and what it says."""
+    """Whether the measurement holds, why not, and what it says.
 
-    status: Literal["VALID", "INVALID"]
-    reasons: list[str] = []
-    budgets: list[Budget] = []
+    NOT_MEASURED: no device was asked yet, and accuracy is that of the last model made here.
+    """
+
+    status: Literal["VALID", "INVALID", "NOT_MEASURED"]
+    reasons: list[str] = Field([])
+    budgets: list[Budget] = Field([])
     speedup: Speedup | Absent = NOT_RECORDED
     accuracy_change: AccuracyChange | Absent = NOT_RECORDED
 
     @model_validator(mode="after")
-    def _invalid_says_why(self) -> Self:
-        if self.status == "INVALID" and not self.reasons:
-            raise ValueError("an INVALID verdict needs at least one reason")
+    def _not_valid_says_why(self) -> Self:
+        if self.status != "VALID" and not self.reasons:
+            raise ValueError(f"a verdict that is {self.status} needs at least one reason")
         return self
+
+    @property
+    def status_text(self) -> str:
+        """The status as the reader sees it."""
+        return self.status.replace("_", " ")
 
 
 class LadderRow(Part):
@@ -125,8 +124,8 @@ class Latency(Part):
     load_ms: float | None = None
     peak_rss_bytes: Count | None = None
     samples_file: str | None = None
-    samples_ms: list[Positive] = []
-    samples_time_s: list[float] = []
+    samples_ms: list[Positive] = Field([])
+    samples_time_s: list[float] = Field([])
 
     @model_validator(mode="before")
     @classmethod
@@ -209,9 +208,9 @@ class Activation(Part):
     continuous: bool | None = None
     mu: float | None = None
     sigma: float | None = None
-    cuts: list[float] = []
-    slopes: list[float] = []
-    biases: list[float] = []
+    cuts: list[float] = Field([])
+    slopes: list[float] = Field([])
+    biases: list[float] = Field([])
     max_jump: float | None = None
     x: list[float] = Field(min_length=2)
     y: list[float] = Field(min_length=2)
@@ -245,7 +244,7 @@ class StageArtifact(Part):
     key: str
     sha256: str
     size_bytes: Count
-    files: list[str] = []
+    files: list[str] = Field([])
 
 
 class Document(Part):
@@ -260,14 +259,14 @@ class Document(Part):
     verdict: Verdict
     ladder: list[LadderRow]
     latency: Latencies = Latencies()
-    training: dict[Network, Training | Absent] = {}
+    training: dict[Network, Training | Absent] = Field({})
     confusion: Confusion | Absent = NOT_RECORDED
     activation: list[Activation] | Absent = NOT_RECORDED
-    quantization: dict[str, Any] | Absent = NOT_RECORDED
+    quantization: Quantization | Absent = NOT_RECORDED
     telemetry: Telemetry | Absent = NOT_RECORDED
-    environment: dict[str, Any] = {}
-    artifacts: list[StageArtifact] = []
-    notes: list[str] = []
+    environment: dict[str, Any] = Field({})
+    artifacts: list[StageArtifact] = Field([])
+    notes: list[str] = Field([])
 
     @property
     def target_name(self) -> str:
@@ -280,7 +279,8 @@ class Document(Part):
 
     def to_json(self) -> str:
         """The document as JSON text, fields in the order of this class, ending in a newline."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        content = self.model_dump(mode="json", by_alias=True)
+        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def load(path: Path) -> Document:

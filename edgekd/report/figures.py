@@ -11,14 +11,20 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from edgekd.report.document import RUNGS, Absent, Activation, Confusion, Document, Latency, Training
-from edgekd.report.formatting import label, milliseconds, number, percent, points, prefix, quantity
+from edgekd.report.document import RUNGS, Activation, Confusion, Document, Latency, Training
+from edgekd.report.formatting import label, milliseconds, number, percent, points, prefix, quantity, times
+from edgekd.report.part import Absent
 from edgekd.report.svg import ROLES, blank, drawing, inline_svg_from_figure
 from edgekd.report.tables import RUNG_LABELS
 
 WIDTH = 400
-LINE_STYLES = {"student": "-", "teacher": "--", "scratch": ":"}
-NETWORK_LABELS = {"student": "student", "teacher": "teacher", "scratch": "student, no teacher"}
+LINE_STYLES = {"student": "-", "teacher": "--", "scratch": ":", "finetune": "-."}
+NETWORK_LABELS = {
+    "student": "student",
+    "teacher": "teacher",
+    "scratch": "student, no teacher",
+    "finetune": "student, with rounding",
+}
 # Above this spread a linear axis would squeeze the faster model against zero.
 LOG_FROM_RATIO = 3
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
@@ -170,6 +176,30 @@ def latency_over_time(models: dict[str, Latency]) -> Drawn:
     return Drawn("Latency over time", caption, svg, _network_keys(models))
 
 
+def launches(document: Document) -> Drawn | Absent:
+    """The speed-up of every launch of fresh processes beside the median and its interval."""
+    speedup = document.verdict.speedup
+    if isinstance(speedup, Absent):
+        return speedup
+    if not speedup.by_launch:
+        return Absent(reason="The run did not record the speed-up of single launches.")
+    with drawing("launches"):
+        figure = blank(WIDTH, 170)
+        axes = figure.add_subplot()
+        axes.axhspan(*speedup.ci95, color=ROLES["student"], alpha=0.16, linewidth=0)
+        axes.axhline(speedup.value, color=ROLES["student"], linewidth=1)
+        axes.plot(range(1, len(speedup.by_launch) + 1), speedup.by_launch, "o", color=ROLES["student"], markersize=6)
+        axes.margins(0.08, 0.2)
+        axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(PLAIN)
+        axes.set_title("speed-up, x")
+        axes.set_xlabel("launch")
+        svg = inline_svg_from_figure(figure, "Speed-up of every launch; see the table")
+    caption = f"One dot per launch of fresh processes. Line and band: {times(speedup.value)} with its 95% interval."
+    return Drawn("Speed-up by launch", caption, svg)
+
+
 def _dots(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str) -> None:
     """A cloud of dots as one path of zero-length strokes: a twentieth of the bytes of one marker per dot."""
     vertices = np.repeat(np.column_stack((x, y)), 2, axis=0)
@@ -261,7 +291,7 @@ def confusion(matrix: Confusion) -> list[Drawn]:
     """The student's confusion matrix and, where the teacher's is known, what changed against it."""
     student = np.asarray(matrix.student)
     shown, subset = _classes_drawn(matrix.classes, student)
-    names = [_short(matrix.classes[c]) for c in shown]
+    names = [short(matrix.classes[c], TICK_LABEL_LENGTH) for c in shown]
     picked = student[np.ix_(shown, shown)]
     samples = np.maximum(student.sum(axis=1)[shown], 1)[:, None]
     svg = _matrix("confusion", names, picked, picked / samples, np.full(picked.shape, "student"), signed=False)
@@ -316,9 +346,10 @@ def _matrix(
         return inline_svg_from_figure(figure, "Counts by true class (rows) and predicted class (columns)")
 
 
-def _short(name: str) -> str:
+def short(name: str, length: int) -> str:
+    """A name that fits beside an axis: printable, cut to `length` characters."""
     name = "".join(c if c.isprintable() else " " for c in name)
-    return name if len(name) <= TICK_LABEL_LENGTH else name[: TICK_LABEL_LENGTH - 1] + "…"
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def activation(layer: Activation, index: int) -> Drawn:

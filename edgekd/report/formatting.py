@@ -21,6 +21,8 @@ UNITS = {
     "_share": "%",
 }
 ACRONYMS = ("cpu", "gpu", "ram", "rss", "soc")
+# What stands for infinity in the account of a quantization: signal without noise.
+NO_LOSS_DB = 200
 RATIOS = ("accuracy", "top1", "agreement")
 
 
@@ -75,6 +77,11 @@ def count(value: int) -> str:
     """A short count: 812, 78.7 k, 1.72 M, 41.3 G."""
     divisor, sign = prefix(value)
     return f"{number(value / divisor)} {sign}" if sign else str(value)
+
+
+def decibels(ratio_db: float) -> str:
+    """Signal to noise in dB, 31.2, where the unit is told elsewhere; `exact` where nothing was lost."""
+    return "exact" if ratio_db >= NO_LOSS_DB else f"{ratio_db:.1f}".replace("-", MINUS)
 
 
 def p_value(p: float) -> str:

@@ -6,9 +6,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from edgekd.report import figures, tables
-from edgekd.report.document import Absent, Activation, Document, Latency
+from edgekd.report import figures, quantization_figures, quantization_tables, tables
+from edgekd.report.document import Activation, Document, Latency
 from edgekd.report.formatting import flat
+from edgekd.report.part import Absent
 
 NO_CURVE = Absent(reason="No layer of the student has a learned activation.")
 
@@ -37,14 +38,17 @@ def _context(document: Document) -> dict[str, Any]:
         "ladder_figure": figures.ladder(document),
         "latency": tables.latency(document),
         "latency_figures": _latency_figures(document),
+        "launches": tables.launches(document),
+        "launches_figure": figures.launches(document),
         "telemetry": document.telemetry if isinstance(document.telemetry, Absent) else figures.telemetry(document),
         "training": tables.training(document),
         "training_figures": figures.training(document),
         "confusion": _absent_or(document.confusion, figures.confusion),
         "changed_classes": _absent_or(document.confusion, tables.changed_classes),
         "activations": _activation_figures(document.activation),
-        "quantization": _absent_or(document.quantization, flat),
-        "missed": any(not budget.met for budget in document.verdict.budgets),
+        "quantization": _absent_or(document.quantization, quantization_tables.passages),
+        "quantization_figures": _absent_or(document.quantization, quantization_figures.of_quantization),
+        "budgets_met": _all_met(document),
         "environment_groups": _groups(document.environment),
         "target": flat(document.target),
         "recipe": flat(document.recipe),
@@ -57,6 +61,12 @@ def _latency_figures(document: Document) -> list[figures.Drawn]:
     models = {"student": document.latency.student, "teacher": document.latency.teacher}
     timed = {name: model for name, model in models.items() if isinstance(model, Latency) and model.samples_ms}
     return [figures.latency_distribution(timed), figures.latency_over_time(timed)] if timed else []
+
+
+def _all_met(document: Document) -> bool | None:
+    """None where there is no budget, or where one that may still be missed was not measured."""
+    met = [budget.met for budget in document.verdict.budgets]
+    return None if not met or (None in met and False not in met) else all(met)
 
 
 def _activation_figures(layers: list[Activation] | Absent) -> list[figures.Drawn] | Absent:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from edgekd.report import tables
-from edgekd.report.document import Absent, Document
+from edgekd.report import quantization_tables, tables
+from edgekd.report.document import Document
 from edgekd.report.formatting import DASH, flat
+from edgekd.report.part import Absent
 from edgekd.report.tables import Table
 
 
 def markdown_from_document(document: Document) -> str:
-    """Verdict, ladder, latency, environment and the command that reproduces them, in GitHub's dialect."""
+    """Verdict, ladder, latency, quantization, environment and the command that reproduces them, in GitHub's dialect."""
     verdict = document.verdict
-    parts = [f"# {_inline(tables.headline(document))}", f"**{verdict.status}** · run {_inline(document.run_id)}"]
+    parts = [f"# {_inline(tables.headline(document))}", f"**{verdict.status_text}** · run {_inline(document.run_id)}"]
     if verdict.reasons:
         parts.append("\n".join(f"- {_inline(reason)}" for reason in verdict.reasons))
     parts.append(
@@ -24,8 +25,10 @@ def markdown_from_document(document: Document) -> str:
         ("Budgets", tables.budgets(document)),
         ("Accuracy", tables.ladder(document)),
         ("Latency", tables.latency(document)),
+        ("Speed-up from launch to launch", tables.launches(document)),
     ):
         parts += [f"## {heading}", _inline(table.reason) if isinstance(table, Absent) else _table(table)]
+    parts += _quantization(document)
     facts = flat(document.environment)
     rows = "\n".join(f"| {_inline(name)} | {_inline(value)} |" for name, value in facts)
     parts += ["## Environment", f"| Fact | Value |\n|:---|:---|\n{rows}" if facts else "The run recorded no facts."]
@@ -33,6 +36,20 @@ def markdown_from_document(document: Document) -> str:
     if document.notes:
         parts += ["## Notes", "\n".join(f"- {_inline(note)}" for note in document.notes)]
     return "\n\n".join(parts) + "\n"
+
+
+def _quantization(document: Document) -> list[str]:
+    heading = "## Quantization"
+    if isinstance(document.quantization, Absent):
+        return [heading, _inline(document.quantization.reason)]
+    parts = [heading]
+    for passage in quantization_tables.passages(document.quantization):
+        parts.append(f"### {passage.heading}")
+        if passage.sentences:
+            parts.append("\n".join(f"- {_inline(sentence)}" for sentence in passage.sentences))
+        if passage.table:
+            parts.append(_table(passage.table))
+    return parts
 
 
 def _table(table: Table) -> str:

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 # Figures are drawn in these stand-in colours, one per role; the style sheet says what each role looks like in
 # light, in dark and on paper.
 ROLES = {
-    name: f"#0{digit}0{digit}0{digit}"
-    for digit, name in enumerate(
-        ("text", "muted", "grid", "student", "teacher", "scratch", "better", "worse", "surface"), start=1
+    name: f"#{number:02x}{number:02x}{number:02x}"
+    for number, name in enumerate(
+        ("text", "muted", "grid", "student", "teacher", "scratch", "better", "worse", "surface", "finetune"), start=1
     )
 }
 STYLE = {

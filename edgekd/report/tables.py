@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekd.report.document import RUNGS, Absent, Confusion, Document, LadderRow, Latency
+from edgekd.report.document import NETWORKS, RUNGS, Confusion, Document, LadderRow, Latency
 from edgekd.report.formatting import (
     DASH,
     count,
@@ -21,16 +21,18 @@ from edgekd.report.formatting import (
     size,
     times,
 )
+from edgekd.report.part import Absent
 
 RUNG_LABELS = {
     "teacher": "Teacher",
     "scratch": "Student, no teacher",
     "student": "Student, distilled",
-    "quantized": "Quantized",
     "onnx": "ONNX",
+    "quantized": "Quantized",
     "engine": "Engine",
     "device": "On the device",
 }
+FINETUNED = "Student, with rounding"
 NO_SUCH_RUNG = "This run has no such rung."
 SIGNIFICANT = 0.05
 CHANGED_CLASSES = 10
@@ -72,16 +74,18 @@ def headline(document: Document) -> str:
     speedup, change = document.verdict.speedup, document.verdict.accuracy_change
     if isinstance(speedup, Absent) and isinstance(change, Absent):
         return f"Not compared with a teacher, on {document.target_name}"
+    if isinstance(change, Absent):
+        accuracy = "accuracy not compared"
+    else:
+        accuracy = "equal accuracy" if points(change.value) == points(0) else f"{points(change.value)} of accuracy"
+    if document.verdict.status == "NOT_MEASURED":
+        return f"{accuracy[:1].upper()}{accuracy[1:]}, speed not measured on {document.target_name}"
     if isinstance(speedup, Absent):
         speed = "Speed not compared"
     elif speedup.ci95[0] <= 1 <= speedup.ci95[1]:
         speed = "As fast as its teacher"
     else:
         speed = f"{times(speedup.value)} faster" if speedup.value > 1 else f"{times(1 / speedup.value)} slower"
-    if isinstance(change, Absent):
-        accuracy = "accuracy not compared"
-    else:
-        accuracy = "equal accuracy" if points(change.value) == points(0) else f"{points(change.value)} of accuracy"
     return f"{speed}, {accuracy}, on {document.target_name}"
 
 
@@ -110,7 +114,7 @@ def _accuracy(document: Document) -> Finding:
 
 def _size(document: Document) -> Finding:
     teacher = document.row("teacher")
-    deployed = [row for row in map(document.row, ("onnx", "engine", "device")) if row and row.size_bytes]
+    deployed = [row for row in map(document.row, ("onnx", "quantized", "engine", "device")) if row and row.size_bytes]
     if not teacher or not teacher.size_bytes or not deployed or not deployed[-1].size_bytes:
         return Finding("Size", DASH, "The run did not record the size of both models.")
     ratio = teacher.size_bytes / deployed[-1].size_bytes
@@ -130,9 +134,13 @@ def _budgets_met(document: Document) -> Finding:
     all_budgets = document.verdict.budgets
     if not all_budgets:
         return Finding("Budgets", DASH, "The recipe sets no budget.")
-    missed = [budget.name for budget in all_budgets if not budget.met]
-    detail = f"missed: {', '.join(missed)}" if missed else "every budget of the recipe is met"
-    return Finding("Budgets", f"{len(all_budgets) - len(missed)} of {len(all_budgets)} met", detail, good=not missed)
+    missed = [budget.name for budget in all_budgets if budget.met is False]
+    unknown = [budget.name for budget in all_budgets if budget.met is None]
+    met = len(all_budgets) - len(missed) - len(unknown)
+    told = [f"{what}: {', '.join(names)}" for what, names in (("missed", missed), ("not measured", unknown)) if names]
+    detail = "; ".join(told) or "every budget of the recipe is met"
+    good = False if missed else None if unknown else True
+    return Finding("Budgets", f"{met} of {len(all_budgets)} met", detail, good=good)
 
 
 def budgets(document: Document) -> Table | Absent:
@@ -145,7 +153,7 @@ def budgets(document: Document) -> Table | Absent:
                 budget.name,
                 f"{budget.bound} {quantity(budget.name, budget.limit)}",
                 DASH if budget.value is None else quantity(budget.name, budget.value),
-                "met" if budget.met else "MISSED",
+                "not measured" if budget.met is None else "met" if budget.met else "MISSED",
             )
         )
         for budget in document.verdict.budgets
@@ -179,6 +187,7 @@ def ladder_reading(document: Document) -> list[str]:
             "student",
             "What the teacher gave: the distilled student against the same student without a teacher",
         ),
+        ("onnx", "quantized", "What quantization cost"),
         ("student", "device", "On the way from the trained student to the device"),
     )
     return [f"{text}: {points(top1[b] - top1[a])}." for a, b, text in steps if a in top1 and b in top1]
@@ -250,12 +259,29 @@ def latency(document: Document) -> Table | Absent:
 COUNTED = ("inferences timed", "warm-up, not timed")
 
 
+def launches(document: Document) -> Table | Absent:
+    """How far the speed-up of one launch lies from that of another."""
+    speedup = document.verdict.speedup
+    if isinstance(speedup, Absent):
+        return speedup
+    ratios = sorted(speedup.by_launch)
+    if not ratios:
+        return Absent(reason="The run did not record the speed-up of single launches.")
+    cells = (f"{len(ratios)}", *(times(ratio) for ratio in (ratios[0], speedup.value, ratios[-1])))
+    spread = percent((ratios[-1] - ratios[0]) / speedup.value)
+    columns = ("Launches", "Lowest", "Median", "Highest", "Spread")
+    notes = ("Spread: highest minus lowest, as a share of the median. What differs here would differ next time.",)
+    return Table("Speed-up of each launch of fresh processes", columns, (Row((*cells, spread)),), notes)
+
+
 def training(document: Document) -> Table:
     """How long each network was trained and where it ended on the validation split."""
     rows = []
-    for name in ("teacher", "scratch", "student"):
-        run = document.training.get(name)  # type: ignore[call-overload]
-        label = RUNG_LABELS[name]
+    for name in NETWORKS:
+        run = document.training.get(name)
+        if run is None and name == "finetune":
+            continue  # most recipes have none
+        label = FINETUNED if name == "finetune" else RUNG_LABELS[name]
         if run is None or isinstance(run, Absent):
             rows.append(Row((label,), reason=run.reason if run else "This run did not train it."))
             continue

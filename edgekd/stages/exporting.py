@@ -22,6 +22,10 @@ from edgekd.stages.job import CURVES, LABELS, LOGITS, MODEL, Array, Inputs, Job,
 
 # Less work than this is not shared by threads: on a busy machine they mostly wait for each other.
 SMALL_MACS = 1e11
+ROUNDED_BRANCHES = (
+    "The quantized rung is the graph as TensorRT and TVM read it. ONNX Runtime computes in integers only where the"
+    " branches of residual additions are rounded too, so its engine may answer otherwise on a few samples."
+)
 # Calibration images on which the layers of both models are compared.
 ACCOUNT_IMAGES = 128
 # Share of the test images on which the deployed model may answer otherwise than what was trained.
@@ -96,6 +100,7 @@ def quantize(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
         "classes": account.classes(dataset.test.labels, before, logits, dataset.class_names),
         **found,
         "agreement": _agreement(inputs["finetune"], logits) if "finetune" in inputs else None,
+        "notes": [ROUNDED_BRANCHES] if dialects.rounds_branches(model) else [],
         "warnings": [*job.calibration.warnings, *facts.get("warnings", [])],
         "suggestions": [row["suggestion"] for row in found["layers"] if row["suggestion"]],
     }

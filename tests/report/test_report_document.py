@@ -75,23 +75,42 @@ def set_at(report: dict, path: str, value: object) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("verdict.status", "INVALID", "an INVALID verdict needs at least one reason"),
+        ("verdict.status", "INVALID", "a verdict that is INVALID needs at least one reason"),
         ("verdict.speedup.value", float("nan"), "finite number"),
         ("ladder.0.top1", None, "top1, n and ci95 go together"),
         ("ladder.0.top1", 93.1, "less than or equal to 1"),
         ("ladder.0.reason", "measured all the same", "either top1, n and ci95, or a reason"),
-        ("ladder.3.reason", None, "either top1, n and ci95, or a reason"),
+        ("verdict.status", "NOT_MEASURED", "a verdict that is NOT_MEASURED needs at least one reason"),
+        ("verdict.budgets.0.met", None, "budget p99_ms: value and met go together"),
+        ("ladder.5.reason", None, "either top1, n and ci95, or a reason"),
         ("latency.student.samples_ms", [1.0], "samples_ms and samples_time_s differ in length"),
         ("confusion.student.2", [1, 2], "confusion.student is not 10 x 10"),
         ("activation.1.y", [0.0, 1.0], "x and y differ in length"),
         ("activation.1.histogram.low", 99.0, "a histogram from 99.0 to .* has no bins"),
         ("telemetry.series.cpu_hz", [1.0], "1 readings at 120 times"),
+        ("quantization.layers.2.output_sqnr_db", float("inf"), "finite number"),
+        ("quantization.layers.2.input_clipped", 1.2, "less than or equal to 1"),
+        ("quantization.layers.2.layer", "stem", "two rows of quantization.layers have one name"),
+        ("quantization.layers.2.colour", "red", "Extra inputs are not permitted"),
+        ("quantization.still_float.0", "conv9", "still_float names conv9, which has no row"),
+        ("quantization.classes.0.change", None, "class airplane: accuracies and samples do not go together"),
+        ("quantization.lma.1.step", 0.0, "greater than 0"),
+        ("quantization.findings.0.effect", "ugly", "'rejected' or 'slow'"),
+        ("quantization.search.tried", [], "at least 1 item"),
         ("extra", 1, "Extra inputs are not permitted"),
     ],
 )
 def test_contradiction_refused(report, path, value, message):
     with pytest.raises(ValidationError, match=message):
         Document.model_validate(set_at(report, path, value))
+
+
+@pytest.mark.parametrize("part", ["layers", "lma", "classes"])
+def test_every_field_of_a_row_is_needed(report, part):
+    for name in report["quantization"][part][0]:
+        rows = [{key: value for key, value in row.items() if key != name} for row in report["quantization"][part]]
+        with pytest.raises(ValidationError, match="Field required"):
+            Document.model_validate(report | {"quantization": report["quantization"] | {part: rows}})
 
 
 def test_samples_are_thinned_evenly(report):

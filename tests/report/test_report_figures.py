@@ -5,9 +5,9 @@ import re
 import numpy as np
 from report_parts import a_latency, a_layer, a_matrix
 
-from edgekd.report import figures, tables
+from edgekd.report import Document, figures, tables
 from edgekd.report.document import Activation, Confusion, Latency
-from edgekd.report.formatting import milliseconds, percent
+from edgekd.report.formatting import milliseconds, percent, times
 
 
 def latencies(**medians: float) -> dict[str, Latency]:
@@ -32,6 +32,13 @@ def test_latency_without_teacher():
     drawn = figures.latency_over_time(latencies(student=2))
     assert [key.role for key in drawn.keys] == ["student"]
     assert "var(--teacher)" not in drawn.svg
+
+
+def test_every_launch_is_a_dot(brief):
+    document = Document.model_validate(brief)
+    drawn = figures.launches(document)
+    assert drawn.svg.count("<use ") == len(document.verdict.speedup.by_launch) == 9
+    assert times(document.verdict.speedup.value) in drawn.caption
 
 
 def test_identical_latencies_are_drawn():

@@ -101,7 +101,7 @@ def test_every_hash_and_layer_is_shown(page, document):
         assert made.sha256 in page
     for layer in document.activation:
         assert f"<strong>{layer.name}</strong>" in page
-    assert page.count("<svg") == 1 + 2 + 3 + 2 + 2 + len(document.activation)
+    assert page.count("<svg") == 1 + 3 + 3 + 2 + 2 + 2 + len(document.activation)
 
 
 def test_accessible(page):
@@ -205,13 +205,18 @@ def test_hostile_names_are_text(report):
         ("activation", [], "No layer of the student has a learned activation."),
         ("activation", {"reason": "The student uses plain ReLU."}, "The student uses plain ReLU."),
         ("confusion", {"reason": "The labels are not known on the device."}, "The labels are not known on the device."),
-        ("quantization", {}, "The recipe asks for no quantization."),
+        ("quantization", {"reason": "The recipe asks for no quantization."}, "The recipe asks for no quantization."),
         ("quantization", {"reason": "Refused by the backend."}, "Refused by the backend."),
         ("telemetry", {"reason": "No sensor can be read here."}, "No sensor can be read here."),
         ("telemetry", {"time_s": [], "series": {}}, "The device offers no sensor that could be read."),
         ("training", {}, "This run did not train it."),
         ("training", {"teacher": {"reason": "Loaded from teacher.safetensors."}}, "Loaded from teacher.safetensors."),
         ("latency", {"student": {"reason": "The board could not be reached."}}, "The board could not be reached."),
+        (
+            "verdict",
+            {"status": "VALID", "speedup": {"value": 2, "ci95": [1, 3]}},
+            "The run did not record the speed-up",
+        ),
         ("latency", None, "The run recorded no single samples, so there is no distribution to draw."),
         ("artifacts", [], "The run recorded no artifact."),
         ("environment", {}, "The run recorded no facts about its machine."),
@@ -221,6 +226,34 @@ def test_hostile_names_are_text(report):
 )
 def test_what_is_missing_says_why(brief, part, value, stated):
     assert stated in page_of(brief if value is None else brief | {part: value}).all_text()
+
+
+@pytest.mark.parametrize(
+    ("met", "badge"),
+    [([True, True], "BUDGETS MET"), ([True, None], ""), ([None, False], "BUDGET MISSED"), ([], "")],
+)
+def test_budgets_that_nothing_measured_are_neither_met_nor_missed(brief, met, badge):
+    brief["verdict"] |= {
+        "status": "NOT_MEASURED",
+        "reasons": ["nothing was measured on a device: edgekd bench"],
+        "budgets": [
+            {"name": f"b{i}", "limit": 1, "value": None if m is None else 1, "met": m} for i, m in enumerate(met)
+        ],
+    }
+    outline = page_of(brief)
+    badges = [text for tag, text in outline.texts if tag == "span" and text.isupper()]
+    assert badges == ["NOT MEASURED", *([badge] if badge else [])]
+    assert "This is no measurement yet" in outline.all_text()
+    assert outline.text_in("td").count("not measured") == met.count(None)
+
+
+def test_a_student_that_was_trained_with_rounding_is_listed(brief):
+    without = page_of(brief).text_in("th")
+    brief["training"]["finetune"] = brief["training"]["student"]
+    outline = page_of(brief)
+    assert "Student, with rounding" not in without
+    assert "Student, with rounding" in outline.text_in("th")
+    assert outline.text_in("span").count("student, with rounding") == 2  # the legends of both figures
 
 
 def test_teacher_absent(brief):

@@ -5,8 +5,9 @@ import re
 import pytest
 
 from edgekd.report import Document
-from edgekd.report.formatting import milliseconds, percent
+from edgekd.report.formatting import milliseconds, percent, times
 from edgekd.report.markdown import markdown_from_document
+from edgekd.report.quantization_tables import passages
 from edgekd.report.tables import RUNG_LABELS
 
 
@@ -18,17 +19,23 @@ def tables_in(markdown: str) -> list[list[list[str]]]:
 
 def test_tables_parse(document):
     found = tables_in(markdown_from_document(document))
-    assert len(found) == 4  # budgets, ladder, latency, environment
+    quantized = [passage for passage in passages(document.quantization) if passage.table]
+    assert len(found) == 5 + len(quantized)  # budgets, ladder, latency, launches, environment
     for rows in found:
         assert {len(row) for row in rows} == {len(rows[0])}
         assert all(re.fullmatch(r"\s*(:---|---:)\s*", cell) for cell in rows[1])
 
 
 def test_ladder_and_latency(document):
-    _, ladder, latency, _ = tables_in(markdown_from_document(document))
+    _, ladder, latency, launches, *_ = tables_in(markdown_from_document(document))
     assert [row[0].strip() for row in ladder[2:]] == list(RUNG_LABELS.values())
     assert ladder[2][1].strip() == percent(document.row("teacher").top1)
-    assert "The recipe asks for no quantization." in ladder[5][-1]
+    assert "built on the device; see the row below" in ladder[7][-1]
+    ratios = document.verdict.speedup.by_launch
+    assert [cell.strip() for cell in launches[2]] == [
+        "9", times(min(ratios)), times(document.verdict.speedup.value), times(max(ratios)),
+        percent((max(ratios) - min(ratios)) / document.verdict.speedup.value),
+    ]  # fmt: skip
     assert [cell.strip() for cell in latency[2][:3]] == [
         "p50",
         milliseconds(document.latency.student.p50_ms),
@@ -49,11 +56,28 @@ def test_invalid_with_reasons(report):
     assert "- too short: 12 queries\n- clocks changed\n" in text
 
 
+def test_what_is_not_measured_is_not_called_invalid(report):
+    report["verdict"] |= {"status": "NOT_MEASURED", "reasons": ["nothing was measured on a device: edgekd bench"]}
+    report["verdict"]["speedup"] = {"reason": "Not measured yet."}
+    text = markdown_from_document(Document.model_validate(report))
+    assert text.startswith("# −1.15 points of accuracy, speed not measured on raspberry-pi-5\n\n**NOT MEASURED**")
+    assert "- nothing was measured on a device: edgekd bench\n" in text
+    assert "INVALID" not in text
+
+
+def test_no_quantization_says_why(report):
+    report["quantization"] = {"reason": "The recipe asks for no quantization."}
+    text = markdown_from_document(Document.model_validate(report))
+    assert "## Quantization\n\nThe recipe asks for no quantization.\n" in text
+
+
 @pytest.mark.parametrize("hostile", ["a|b", "<script>alert(1)</script>", "x\n\n# heading", "![i](j)", "`code`"])
 def test_hostile_text_stays_text(report, hostile):
     report["target"]["name"] = hostile
     report["environment"] = {"fact": hostile}
     report["command"] = f"edgekd run {hostile} ```"
+    report["quantization"]["layers"][0] |= {"layer": hostile, "suggestion": hostile}
+    report["quantization"]["still_float"] = [hostile]
     text = markdown_from_document(Document.model_validate(report))
     outside_code = re.sub(r"^(`{4,})sh\n.*?\n\1$", "", text, flags=re.DOTALL | re.MULTILINE)
     assert "<script" not in outside_code

@@ -100,10 +100,13 @@ def long_report(report: dict) -> dict:
     report["environment"]["device"]["kernel"] = "k" * 200
     report["environment"]["n" * 80] = {"f" * 90: "v" * 90}
     report["verdict"] |= {"status": "INVALID", "reasons": ["because " + "y" * 200]}
-    report["ladder"][3]["reason"] = "The backend refused it: " + "z" * 150
+    report["ladder"][5]["reason"] = "The backend refused it: " + "z" * 150
     report["notes"] = ["w" * 400]
     for layer in report["activation"]:
         layer["name"] = "module." * 20
+    for i, layer in enumerate(report["quantization"]["layers"]):
+        layer["layer"] = f"{'module.' * 20}{i}"
+    report["quantization"] |= {"still_float": [], "warnings": ["w" * 400], "options": {"keep_float": ["k" * 300]}}
     return report
 
 
