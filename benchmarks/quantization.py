@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import onnxruntime
 from ptq import session, turn
 from results import spread, summary, table, write_section
 
-from edgekd import pipeline, recipe, stages, target
+from edgekd import pipeline, recipe, registry, stages, target
 from edgekd.artifact import Artifact, Store
 from edgekd.quantize import dialects
 from edgekd.stages import Job
@@ -125,8 +126,14 @@ def measured(given: argparse.Namespace, seed: int, student: str, activation: str
 
 def latency(made: dict[str, Artifact], rounds: int) -> dict[str, float]:
     """The quantized model over the float one, in ONNX Runtime, batch 1, in turn."""
-    quantized = dialects.translated(onnx.load(made["quantize"].file(stages.MODEL)), "onnxruntime_uint8")
-    opened = [session(onnx.load(made["onnx-student"].file(stages.MODEL))), session(quantized)]
+    backend = registry.create("backend", "onnxruntime")
+    with tempfile.TemporaryDirectory() as folder:
+        quantized = Path(folder) / "quantized.onnx"
+        onnx.save(dialects.translated(onnx.load(made["quantize"].file(stages.MODEL)), backend.dialect), quantized)
+        opened = []
+        for model in (made["onnx-student"].file(stages.MODEL), quantized):
+            backend.compile(model, Path(folder), threads=1)
+            opened.append(session(onnx.load(Path(folder) / "model.onnx")))
     x = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
     seconds = [[turn(one, x) for one in opened] for _ in range(rounds + 2)][2:]
     return summary([after / before for before, after in seconds])

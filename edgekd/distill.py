@@ -15,10 +15,10 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import accelerate
 import accelerate.utils
@@ -32,11 +32,12 @@ from torch.optim import swa_utils
 from edgekd.checkpoint import read_checkpoint, write_checkpoint
 from edgekd.data import Dataset, Split
 from edgekd.data.batches import Batch, Batches, evaluation_batches
-from edgekd.errors import StageError
+from edgekd.errors import RecipeError, StageError
 from edgekd.learning_rate import learning_rate
-from edgekd.methods import Method, Step
+from edgekd.methods import Method, Setting, Step
+from edgekd.methods.taps import answer
 from edgekd.recipe import Augment, Train
-from edgekd.teacher_logits import TeacherLogits, is_changing
+from edgekd.teacher_logits import TeacherLogits, checked_logits, is_changing
 from edgekd.training_log import TrainingLog
 
 CHECKPOINT = "checkpoint.pt"
@@ -46,6 +47,14 @@ CHECKPOINT_SECONDS = 30.0
 LOOK_EVERY = 20
 # Images evaluated at a time: at most so many, and so many values; 8 million float32 are 32 MB, their maps some GB.
 EVALUATION_BATCH, EVALUATION_VALUES = 500, 8_000_000
+
+
+@runtime_checkable
+class FollowsTraining(Protocol):
+    """A network that changes with its training: told, before every batch, which share of it is done."""
+
+    def follow(self, progress: float) -> None:
+        """progress: from 0 to 1. What it does must depend on nothing else, or a resumed run would differ."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,36 @@ def train(
     return run.finish()
 
 
+def attach(method: Method, student: nn.Module, teacher: nn.Module | None, dataset: Dataset, spec: Train) -> None:
+    """Attach a method to its networks, which are on one device, trained or not.
+
+    Raises RecipeError when it cannot learn from them: no teacher, taps that do not exist, options that do not fit.
+    """
+    if method.needs_teacher and teacher is None:
+        raise RecipeError(
+            f"the method {type(method).__name__} learns from a teacher, and there is none",
+            allowed="methods without a teacher: see needs_teacher in their files, scratch for one",
+            fix="give a teacher, or set distill.method = scratch",
+            key="distill.method",
+        )
+    device = next(student.parameters()).device
+    mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (dataset.mean, dataset.std))
+    example, labels = (
+        torch.from_numpy(dataset.normalize(dataset.train.images[:2])),
+        torch.from_numpy(dataset.train.labels),
+    )
+    setting = Setting(example.to(device), labels.to(device), dataset.num_classes, mean, std, spec.epochs)
+    method.attach(student, teacher, setting)
+    taps = method.student_taps.paths + method.teacher_taps.paths
+    if taps and spec.compile:
+        raise RecipeError(
+            "train.compile = true cannot be combined with a method that taps features",
+            allowed=f"the compiled network does not call the modules that are tapped: {', '.join(taps)}",
+            fix="set distill.train.compile = false",
+            key="distill.train.compile",
+        )
+
+
 def predict(network: nn.Module, split: Split, dataset: Dataset) -> np.ndarray:
     """The network's logits for a split, float32 [N, K], in its order. Leaves the network's mode as it was."""
     device = next(network.parameters()).device
@@ -123,19 +162,26 @@ def processes() -> accelerate.PartialState:
 class _Learner(nn.Module):
     """Student and method as the one module that accelerate wraps: the processes average the gradients of both."""
 
-    def __init__(self, student: nn.Module, method: Method) -> None:
+    def __init__(self, student: nn.Module, method: Method, num_classes: int) -> None:
         super().__init__()
-        self.student, self.method = student, method
+        self.student, self.method, self.num_classes = student, method, num_classes
 
     def forward(
         self, batch: Batch, progress: float, teacher: Callable[[], Tensor] | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and what is logged of it."""
-        step = Step(batch.x, batch.y, progress=progress, student=self.student, teacher=teacher)
-        terms: dict[str, Tensor] = self.method(step)
+        step = Step(
+            batch.x, batch.y, progress=progress, student=self.student, teacher=teacher, index=batch.index,
+            student_taps=self.method.student_taps, teacher_taps=self.method.teacher_taps,
+        )  # fmt: skip
+        checked_logits(step.student_logits, self.num_classes, "student")
+        # The networks' values may be rounded; what a method makes of their differences may not.
+        with torch.autocast(batch.x.device.type, enabled=False):
+            terms: dict[str, Tensor] = self.method(step)
         loss = torch.stack(list(terms.values())).sum()
         accuracy = (step.student_logits.argmax(1) == batch.y).float().mean()
         logged = {"loss": loss, "accuracy": accuracy, **{f"loss_{name}": term for name, term in terms.items()}}
+        logged |= step.recorded
         return loss, {name: value.detach() for name, value in logged.items()}
 
 
@@ -148,7 +194,10 @@ class _Run:
     ) -> None:  # fmt: skip
         processes()
         AcceleratorState._reset_state(reset_partial_state=False)  # teacher and student may differ in precision
-        self.accelerator = accelerate.Accelerator(mixed_precision="no" if spec.precision == "fp32" else spec.precision)
+        unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=not method.uses_all_parameters)
+        self.accelerator = accelerate.Accelerator(
+            mixed_precision="no" if spec.precision == "fp32" else spec.precision, kwargs_handlers=[unused]
+        )
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.network, self.dataset, self.spec, self.seed, self.work = network, dataset, spec, seed, work
         self.batches = Batches(
@@ -157,27 +206,36 @@ class _Run:
         )  # fmt: skip
         self.total = spec.epochs * len(self.batches)
         self.updates = math.ceil(len(self.batches) / spec.accumulate)  # in an epoch
-        _check_batch_norm(network, min(spec.batch_size, len(dataset.train) // self.accelerator.num_processes))
         network.to(self.device)
         if spec.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = _moving_average(network, spec.ema) if spec.ema else None
         self.teacher = None if teacher is None else teacher.to(self.device).requires_grad_(False)
-        self.logits = None
-        if self.teacher is not None and (logits_cache is not None or not is_changing(augment)):
-            self.logits = TeacherLogits(self.teacher, dataset, self.batches, augment, self.accelerator, logits_cache)
         _seed_random(self.device, "method", seed)
-        method.attach(network, self.teacher)
+        attach(method, network, self.teacher, dataset, spec)
         self.method = method.to(self.device)
-        learner = _Learner(torch.compile(network) if spec.compile else network, method)  # type: ignore[arg-type]
+        smallest = min(spec.batch_size, len(dataset.train) // self.accelerator.num_processes)
+        _check_batch_norm(nn.ModuleList([network, method]), smallest)
+        self.logits = None
+        # A table holds logits alone: a teacher whose features are wanted has to compute.
+        if (
+            self.teacher is not None
+            and not method.teacher_taps.paths
+            and (logits_cache is not None or not is_changing(augment))
+        ):
+            self.logits = TeacherLogits(self.teacher, dataset, self.batches, augment, self.accelerator, logits_cache)
+        student: Any = torch.compile(network) if spec.compile else network
+        learner = _Learner(student, method, dataset.num_classes)
         self.model = self.accelerator.prepare(learner).train()
         if self.teacher is not None:
             self.teacher.eval()
-        self.optimizer = _optimizer(learner, spec)
+        self.adversaries = method.optimizers()
+        self.optimizer = _optimizer(learner, spec, self.adversaries, together=method.uses_all_parameters)
         self.epoch, self.position = 0, 0
         self.history: list[dict[str, float]] = []
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
         self.sums: dict[str, Tensor] = {}
+        self.unseen: list[tuple[int, dict[str, Tensor]]] = []  # what was logged since the last look, by step
         self.saved_at = self.epoch_started = time.monotonic()
         self.log: TrainingLog | None = None
 
@@ -193,11 +251,14 @@ class _Run:
         moves = number == together - 1
         teacher = None if self.teacher is None else lambda: self._teacher_logits(batch)
         _seed_random(self.device, "step", self.seed, self.rank, self.done)
+        if isinstance(self.network, FollowsTraining):
+            self.network.follow(self.done / self.total)
         with contextlib.nullcontext() if moves else self.accelerator.no_sync(self.model):
             loss, logged = self.model(batch, self.done / self.total, teacher)
             self.accelerator.backward(loss / together)
         self.sums = {name: self.sums.get(name, 0) + value for name, value in logged.items()}
         self.position += 1
+        self.unseen.append((self.done, logged))
         if moves:
             self._move(self.epoch * self.updates + update)
             if (update + 1) % LOOK_EVERY == 0:
@@ -205,8 +266,10 @@ class _Run:
 
     def _teacher_logits(self, batch: Batch) -> Tensor:
         assert self.teacher is not None
-        logits: Tensor = self.teacher(batch.x) if self.logits is None else self.logits.of(self.epoch)[batch.index]
-        return logits
+        if self.logits is not None:
+            return self.logits.of(self.epoch)[batch.index]
+        with self.accelerator.autocast():
+            return checked_logits(answer(self.teacher, batch.x, "teacher"), self.dataset.num_classes, "teacher")
 
     def _move(self, update: int) -> None:
         if self.spec.clip:
@@ -214,17 +277,20 @@ class _Run:
         accuracies = [metrics["val_accuracy"] for metrics in self.history]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.spec, update, self.spec.epochs * self.updates, accuracies)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in (self.optimizer, *self.adversaries):
+            optimizer.step()
+            optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update_parameters(self.network)
 
     def _look(self) -> None:
         """All processes together: stop when the loss is not finite, save when it is time."""
         self.sums = self.accelerator.reduce(self.sums, "mean")
-        wrong = [f"{name} is {float(value)}" for name, value in self.sums.items() if not value.isfinite()]
-        if wrong:
-            raise self._diverged(", ".join(wrong))
+        if wrong := _not_finite(self.sums):
+            # Where it is another process's loss, this one knows no more than the sums.
+            steps = [(f"at step {done}", names) for done, logged in self.unseen if (names := _not_finite(logged))]
+            raise self._diverged(*[*steps, (f"by step {self.done}", wrong)][0])
+        self.unseen.clear()
         if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
             self._save()
 
@@ -266,13 +332,13 @@ class _Run:
             sums = torch.stack([(logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")])
         right, loss = self.accelerator.reduce(sums.to(self.device), "sum").tolist()
         if not math.isfinite(loss):
-            raise self._diverged(f"val_loss is {loss}")
+            raise self._diverged(f"by step {self.done}", f"val_loss is {loss}")
         return right / len(self.dataset.val), loss / len(self.dataset.val)
 
-    def _diverged(self, what: str) -> StageError:
+    def _diverged(self, when: str, what: str) -> StageError:
         saved = f"the last good checkpoint stays in {self.work}", "no checkpoint was written before it"
         return StageError(
-            f"the loss is not finite by step {self.done} of {self.total} (epoch {self.epoch + 1}): {what}",
+            f"the loss is not finite {when} of {self.total} (epoch {self.epoch + 1}): {what}",
             allowed=saved[0] if (self.work / CHECKPOINT).exists() else saved[1],
             fix="lower train.lr, set train.clip=1, or look for extreme values in the data",
         )
@@ -298,6 +364,7 @@ class _Run:
             "epoch": self.epoch, "position": self.position, "seconds": time.monotonic() - self.epoch_started,
             "history": self.history, "best": self.best, "sums": self.sums, "network": weights,
             "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "adversaries": [optimizer.state_dict() for optimizer in self.adversaries],
             "ema": None if self.ema is None else self.ema.state_dict(),
         }  # fmt: skip
         write_checkpoint(state, self.work / CHECKPOINT)
@@ -314,6 +381,8 @@ class _Run:
         self.network.load_state_dict(state["network"])
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.adversaries, state.get("adversaries", []), strict=True):
+            optimizer.load_state_dict(saved)
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.epoch, self.position, self.history = state["epoch"], state["position"], state["history"]
@@ -322,17 +391,29 @@ class _Run:
         self.epoch_started -= state["seconds"]
 
 
+def _not_finite(values: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} is {float(value)}" for name, value in values.items() if not value.isfinite())
+
+
 def _moving_average(network: nn.Module, decay: float) -> swa_utils.AveragedModel:
     return swa_utils.AveragedModel(network, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def _optimizer(learner: nn.Module, spec: Train) -> torch.optim.Optimizer:
-    """One kernel for all parameters: the loop over them in Python costs several times as much on a small network."""
+def _optimizer(
+    learner: nn.Module, spec: Train, others: Sequence[torch.optim.Optimizer], *, together: bool
+) -> torch.optim.Optimizer:
+    """For all parameters that no other optimiser has.
+
+    One kernel for all: the loop over them in Python costs several times as much on a small network. torch's SGD has
+    none for parameters that have not moved `together` from the start: some would have momentum, and some not yet.
+    """
+    taken = {id(parameter) for other in others for group in other.param_groups for parameter in group["params"]}
+    parameters = [parameter for parameter in learner.parameters() if id(parameter) not in taken]
     if spec.optimizer == "adamw":
-        return torch.optim.AdamW(learner.parameters(), lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
+        return torch.optim.AdamW(parameters, lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
     return torch.optim.SGD(
-        learner.parameters(), lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov and spec.momentum > 0,
-        weight_decay=spec.weight_decay, fused=True,
+        parameters, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov and spec.momentum > 0,
+        weight_decay=spec.weight_decay, fused=together,
     )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ EdgekdError             1    a fault of edgekd itself
 │   ├── DataError            the user's data cannot be used as it is
 │   ├── CheckpointError      weights that are absent, unsafe or do not fit the network
 │   ├── StoreError           the store is corrupt, full or not writable
-│   └── ExportError          the exported graph does not compute what the network computes
+│   ├── ExportError          the exported graph does not compute what the network computes
+│   └── ConnectionLost       the device was there and is gone; the job's folder stays on it, to go on from
 ├── BudgetMissed        5    everything ran; a budget of the recipe is not met
 └── ResultInvalid       6    everything ran; the measurement does not hold
 """
@@ -70,6 +71,10 @@ class StoreError(StageError):
 
 
 class ExportError(StageError):
+    pass
+
+
+class ConnectionLost(StageError):
     pass
 
 

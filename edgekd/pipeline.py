@@ -216,13 +216,15 @@ def check(job: Job, to_make: Collection[str]) -> None:
         registry.create("backend", "onnxruntime").require()  # the judge of what an ONNX file computes
     if any(stage.startswith("engine-") for stage in to_make):
         job.backend.require()
-    if "student" in to_make:
-        job.method()
+    method = job.method() if "student" in to_make else None
     if "quantize" in to_make:
         job.quantizer().require()
-    for subject in SUBJECTS:
-        if subject in to_make:
-            job.build(subject)
+    built = {subject: job.build(subject) for subject in SUBJECTS if {subject, "student"} & set(to_make)}
+    if method is not None:
+        from edgekd import distill
+
+        # Taps that do not exist shall not wait for the teacher's last epoch.
+        distill.attach(method, built["student"], built["teacher"], job.dataset, job.recipe.distill.train)
 
 
 def run(job: Job, last: str, on_stage: OnStage = lambda event: None) -> dict[str, Artifact]:

@@ -1,4 +1,4 @@
-"""Names to callables: data sets, networks, activations, methods, backends, transports.
+"""Names to callables: data sets, networks, activations, methods, quantizers, backends, transports.
 
 A registered thing is a function or class under `@register(kind)`. Its positional parameters are what edgekd gives it;
 its keyword-only parameters are the user's options, and their annotations and defaults are the only list of options
@@ -27,15 +27,35 @@ from typing import Any
 
 import pydantic
 
+from edgekd import schedule
 from edgekd.errors import EdgekdError, MissingError, RecipeError, shown, unknown, unknown_key
 
 T = typing.TypeVar("T", bound=Callable[..., Any])
-KINDS = ("dataset", "network", "activation", "method", "backend", "transport")
+KINDS = ("dataset", "network", "activation", "method", "quantizer", "backend", "transport")
 GROUP = "edgekd"
 Location = tuple[int | str, ...]  # of a value in nested data: keys and indices
+
+
+def _completed_method(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) == 1:
+        ((name, options),) = value.items()
+    elif isinstance(value, str):
+        name, options = value, {}
+    else:
+        raise ValueError("NAME, or {NAME: {option: value}}")
+    where = "distill.methods"
+    return {name: entry("method", name, where).validate(options or {}, f"{where}.{name}")}
+
+
+# A method as an option of another one, `kd` or `{kd: {temperature: 2}}`: checked and completed to the second form.
+MethodChoice = typing.Annotated[
+    dict[str, dict[str, Any]],
+    pydantic.BeforeValidator(_completed_method),
+    pydantic.WithJsonSchema({"type": ["string", "object"], "maxProperties": 1}),
+]
 # What an option's annotation may be made of; it is evaluated in this namespace and no other.
 _TYPES: dict[str, Any] = {
-    "Literal": typing.Literal, "Path": Path,
+    "Literal": typing.Literal, "Path": Path, "Schedule": schedule.Schedule, "MethodChoice": MethodChoice,
     **{t.__name__: t for t in (bool, int, float, str, list, tuple, dict)},
 }  # fmt: skip
 
@@ -113,7 +133,10 @@ class Entry:
 
 
 def typename(annotation: Any) -> str:
-    """An annotation as a user would write it: `int`, `"sgd" | "adamw"`, `list of float`, `null`."""
+    """An annotation as a user would write it: `int`, `"sgd" | "adamw"`, `list of float`, `schedule`, `null`."""
+    for kind, name in ((schedule.Schedule, "schedule"), (MethodChoice, "method")):
+        if annotation == kind:
+            return name
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return " | ".join(shown(value) for value in inner)
@@ -137,7 +160,8 @@ def invalid(
 
     expected: what belongs at a place in `content`, in words.
     """
-    first = error.errors()[0]
+    problems = error.errors()
+    first = next((one for one in problems if one["type"] == schedule.PROBLEM), problems[0])
     location = _location(first, content)
     key = ".".join([where, *map(str, location)] if where else map(str, location))
     if first["type"] == "missing":

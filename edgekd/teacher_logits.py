@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from edgekd.data import Dataset
 from edgekd.data.batches import Batches
+from edgekd.errors import RecipeError
+from edgekd.methods.taps import answer
 from edgekd.recipe import Augment
 
 
@@ -61,10 +63,24 @@ class TeacherLogits:
         for number, x in enumerate(self.batches.in_order(epoch)):
             if number % world == rank:
                 with self.accelerator.autocast():
-                    logits[at : at + len(x)] = self.teacher(x)
+                    logits[at : at + len(x)] = checked_logits(
+                        answer(self.teacher, x, "teacher"), self.shape[1], "teacher"
+                    )
             at += len(x)
         summed: Tensor = self.accelerator.reduce(logits, "sum")  # the rows of the others are zero
         return summed
+
+
+def checked_logits(logits: Tensor, num_classes: int, owner: str) -> Tensor:
+    """`logits`, if they are [B, K] for the data's K classes. Raises RecipeError when the network has other classes."""
+    if logits.ndim != 2 or logits.shape[1] != num_classes:
+        raise RecipeError(
+            f"the {owner} gives {list(logits.shape)} for {len(logits)} images, and the data has {num_classes} classes",
+            allowed=f"expected: logits [{len(logits)}, {num_classes}] of teacher and student alike",
+            fix=f"use a {owner} that was made for these classes",
+            key=owner,
+        )
+    return logits
 
 
 def is_changing(augment: Augment) -> bool:

@@ -10,6 +10,8 @@ from edgekd import registry
 from edgekd.registry import KINDS
 
 ENTRIES = [pytest.param(entry, id=f"{kind}-{entry.name}") for kind in KINDS for entry in registry.entries(kind)]
+# A value for options that have no default, by their type; text for all others.
+SAMPLES = {"list of method": ["kd"], "list of int": [1]}
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -28,7 +30,11 @@ def test_what_is_read_from_the_source_is_what_python_sees(entry):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_defaults_are_valid_options(entry):
-    required = {option.name: "x" for option in entry.options.values() if option.required}
+    required = {
+        option.name: SAMPLES.get(registry.typename(option.annotation), "x")
+        for option in entry.options.values()
+        if option.required
+    }
     defaults = {option.name: option.default for option in entry.options.values() if not option.required}
     assert entry.validate({**required, **defaults}) == entry.validate(required)
 

@@ -18,7 +18,7 @@ from edgekd.data import Dataset, Split
 from edgekd.data.batches import Batches, evaluation_batches
 from edgekd.distill import Progress, train
 from edgekd.errors import StageError
-from edgekd.methods import Method, Step
+from edgekd.methods import Method, Setting, Step
 from edgekd.recipe import Augment, Train
 from edgekd.training_log import METRICS
 
@@ -196,6 +196,21 @@ def test_bf16_is_autocast_and_the_weights_stay_float32(digits, tmp_path):
     assert np.isfinite(found.epochs[0]["train_loss"])
 
 
+def test_under_bf16_a_method_computes_in_float32(digits, tmp_path):
+    seen = []
+
+    class Watch(Method):
+        def forward(self, step: Step) -> dict[str, Tensor]:
+            student, teacher = step.student_logits, step.teacher_logits
+            seen.append((student @ teacher.T).dtype)
+            for logits in (student, teacher):  # the networks themselves are rounded
+                assert torch.equal(logits, logits.bfloat16().float())
+            return {"ce": F.cross_entropy(student, step.y)}
+
+    trained(plain(), digits, tmp_path, Watch(), teacher=plain(1), precision="bf16", epochs=1, augment={"crop": 1})
+    assert set(seen) == {torch.float32}
+
+
 def test_channels_last_trains_the_same_network(digits, tmp_path):
     one, other, spy = residual(), residual(), Spy()
     trained(one, digits, tmp_path / "1", spy, channels_last=True, epochs=1)
@@ -279,7 +294,7 @@ def test_a_method_trains_what_it_owns(digits, tmp_path):
     class Projected(Method):
         needs_teacher = False
 
-        def attach(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
             self.projector = nn.Linear(10, 10)
 
         def forward(self, step: Step) -> dict[str, Tensor]:
@@ -292,7 +307,8 @@ def test_a_method_trains_what_it_owns(digits, tmp_path):
     assert torch.equal(methods[0].projector.weight, methods[1].projector.weight)
     fresh = Projected()
     distill._seed_random(torch.device("cpu"), "method", 0)
-    fresh.attach(plain(), None)
+    setting = Setting(torch.zeros(2, 1, 8, 8), torch.zeros(1), 10, torch.zeros(1, 1, 1), torch.ones(1, 1, 1), 1)
+    fresh.attach(plain(), None, setting)
     assert not torch.equal(fresh.projector.weight, methods[0].projector.weight)
     saved = distill.read_checkpoint(tmp_path / "0" / distill.CHECKPOINT)["method"]
     assert torch.equal(saved["projector.weight"], methods[0].projector.weight)
@@ -322,13 +338,12 @@ def test_a_loss_that_is_not_finite(when, digits, tmp_path, monkeypatch):
     network = plain()
     with pytest.raises(StageError) as caught:
         trained(network, digits, tmp_path, Diverging())
-    step, epoch = (5, 1) if when == "first" else (10, 2)
+    step, epoch = (1, 1) if when == "first" else (6, 2)
     stays = (
         f"the last good checkpoint stays in {tmp_path}" if when == "later" else "no checkpoint was written before it"
     )
     assert str(caught.value) == (
-        f"error: the loss is not finite by step {step} of 10 (epoch {epoch}): "
-        "loss is nan, loss_ce is nan, loss_extra is nan\n"
+        f"error: the loss is not finite at step {step} of 10 (epoch {epoch}): loss is nan, loss_extra is nan\n"
         f"       {stays}\n"
         "fix:   lower train.lr, set train.clip=1, or look for extreme values in the data"
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgekd import data, distill, networks
-from edgekd.methods import Method, Step
+from edgekd.methods import Method, Setting, Step
 from edgekd.recipe import Augment, Train
 from edgekd.training_log import METRICS
 
@@ -45,7 +45,7 @@ def without_batch_norm(num_classes: int) -> nn.Module:
 class Scaled(Method):
     """KD with a learned scale of the student's logits: a method with parameters of its own."""
 
-    def attach(self, student: nn.Module, teacher: nn.Module | None) -> None:
+    def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
         self.scale = nn.Parameter(torch.ones(10) * 0.5)
 
     def forward(self, step: Step) -> dict[str, Tensor]:

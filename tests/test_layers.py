@@ -13,22 +13,31 @@ import edgekd
 
 # A module imports only from those above it. A package stands for everything in it.
 LAYERS = (
-    "errors", "yamlfile", "registry", "artifact", "recipe", "target",
+    "errors", "yamlfile", "schedule", "registry", "artifact", "recipe", "target", "marks",
     "data", "activations", "networks", "methods",
-    "learning_rate", "checkpoint", "teacher_logits", "training_log", "distill", "parity", "quantize", "export",
+    "learning_rate", "checkpoint", "teacher_logits", "training_log", "distill", "parity", "export", "quantize",
     "backends", "device", "stats", "bench", "stages", "pipeline",
     "report", "catalog", "starter", "terminal", "cli", "__main__",
 )  # fmt: skip
 # Copied to the device as files: they import nothing of edgekd.
-STAND_ALONE = ("agent", "backends.null.runner", "backends.onnxruntime.runner")
+STAND_ALONE = (
+    "agent",
+    "device.porter",
+    "backends.null.runner",
+    "backends.onnxruntime.runner",
+    "backends.tensorrt.runner",
+    "backends.tensorrt.on_device",
+)
 # Where heavy packages may be imported; a name with a dot is one module, others are packages with all in them.
 HEAVY = {
     "torch": (
         "data.batches", "activations", "networks", "methods", "checkpoint", "teacher_logits", "training_log",
-        "distill", "parity", "export", "stages",
+        "distill", "parity", "export", "quantize.quantizers", "quantize.capture", "quantize.pt2e", "quantize.qat",
+        "quantize.buckets", "quantize.quantized_distillation", "stages",
     ),
+    "torchao": ("quantize.pt2e",),
     "accelerate": ("teacher_logits", "distill", "stages", "pipeline"),
-    "onnx": ("activations", "export", "quantize", "backends"),
+    "onnx": ("activations", "export", "quantize", "backends", "stages"),
     "onnxruntime": ("backends.onnxruntime", "quantize.sessions"),
     "typer": ("cli",),
     "rich": ("terminal",),
@@ -99,13 +108,15 @@ def test_every_layer_is_there():
 
 @pytest.mark.parametrize("module", [name for name in MODULES if within(name, STAND_ALONE)])
 def test_what_is_copied_to_the_device_stands_alone(module):
-    allowed = {"numpy", "agent", *sys.stdlib_module_names} | ({"onnxruntime"} if "onnxruntime" in module else set())
+    allowed = {"numpy", "agent", "on_device", *sys.stdlib_module_names} | (
+        {"onnxruntime"} if "onnxruntime" in module else set()
+    )
     assert {name.partition(".")[0] for name in imports(MODULES[module])} <= allowed
 
 
 def test_all_runners_are_known_here():
     runners = {name for name in MODULES if name.startswith("backends.") and name.endswith(".runner")}
-    assert runners == {name for name in STAND_ALONE if name.startswith("backends.")}
+    assert runners == {name for name in STAND_ALONE if name.endswith(".runner")}
 
 
 def test_there_are_no_circles():

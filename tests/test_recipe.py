@@ -146,8 +146,8 @@ def test_an_override_that_is_not_yaml():
     [
         (("method: kd", "method: dkdd"), [
             'error: edgekd.yaml:12: distill.method = "dkdd" is not a known method',
-            '       known: kd, scratch   (closest: "kd")',
-            'fix:   set distill.method = "kd", or see: edgekd list methods']),
+            f'       known: {", ".join(registry.names("method"))}   (closest: "dkd")',
+            'fix:   set distill.method = "dkd", or see: edgekd list methods']),
         (("{lma: {k: 4}}", "lmaa"), [
             'error: edgekd.yaml:10: student.activation = "lmaa" is not a known activation',
             '       known: aplu, lma, prelu, relu, swish   (closest: "lma")',
@@ -171,8 +171,8 @@ def test_an_override_that_is_not_yaml():
             "fix:   correct student.activation, or see: edgekd schema"]),
         (("  method: kd", "  methd: kd"), [
             "error: edgekd.yaml:12: distill.methd is not a known key or option of method kd",
-            "       known: cache_teacher, ce_weight, kd_weight, kl_reduction, method, scratch, tau_squared,"
-            ' temperature, train   (closest: "method")',
+            "       known: cache_teacher, ce_weight, confidence, kd_weight, kl_reduction, method, scratch, selective,"
+            ' tau_squared, temperature, train   (closest: "method")',
             "fix:   write distill.method, or see: edgekd list methods"]),
         (("distill:", "distil:"), [
             "error: edgekd.yaml:11: distil is not a known key",
@@ -417,9 +417,17 @@ def test_fuzz_overrides(overrides):
     loads_or_is_refused(GOOD, overrides)
 
 
+# A value for options that have no default, by their type; text for all others.
+SAMPLES = {"list of method": "[kd]", "list of int": "[1]"}
+
+
 def test_every_registered_name_can_stand_in_a_recipe():
     for section, (key, kind) in recipe.NAMED.items():
         for entry in registry.entries(kind):
-            required = [f"{section}.{option.name}=x" for option in entry.options.values() if option.required]
+            required = [
+                f"{section}.{option.name}={SAMPLES.get(registry.typename(option.annotation), 'x')}"
+                for option in entry.options.values()
+                if option.required
+            ]
             made = parse(GOOD, overrides=[f"{section}.{key}={entry.name}", *required])
             assert set(getattr(made, section).options) == set(entry.options)

@@ -55,7 +55,7 @@ def calib(
 ) -> None:  # fmt: skip
     """Write a calibration set of the recipe's data; or show how much its size and its images matter."""
     terminal = terminal_of(no_color)
-    job = job_of("calib", recipe, target, None, set_ or [], store, terminal)
+    job = job_of("export", recipe, target, None, set_ or [], store, terminal)  # which is what a study records
     if not study:
         from edgekd.data import calibration
 

@@ -8,50 +8,123 @@ step: a training that is resumed draws the same.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from edgekd.methods.taps import NO_TAPS, Taps
+
 Forward = Callable[[Tensor], Tensor]
 
 
-class Step:
-    """One training batch as a method sees it. Logits are computed when first asked for, and once.
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a method may know of the training before it begins.
 
-    x: [B, C, H, W] normalised images; y: [B] labels; progress: share of the training done, 0 to 1.
+    example: float32 [B, C, H, W], two training images or more, normalised, on the networks' device. labels: int64 [N]
+    of all training samples. mean, std: [C, 1, 1], what the images were normalised with, on the 0..1 scale.
+    """
+
+    example: Tensor
+    labels: Tensor
+    num_classes: int
+    mean: Tensor
+    std: Tensor
+    epochs: int
+
+
+class Step:
+    """One training batch as a method sees it. Networks compute when first asked, and once: logits and taps together.
+
+    x: [B, C, H, W] normalised images; y: [B] labels; index: [B], their places in the training split; progress: share of
+    the training done, 0 to 1. student: the student, for whoever has other images for it.
     """
 
     def __init__(
-        self, x: Tensor, y: Tensor, *, progress: float, student: Forward, teacher: Callable[[], Tensor] | None = None
-    ) -> None:
-        self.x, self.y, self.progress = x, y, progress
-        self._student, self._teacher = student, teacher
+        self, x: Tensor, y: Tensor, *, progress: float, student: Forward, teacher: Callable[[], Tensor] | None = None,
+        index: Tensor | None = None, student_taps: Taps = NO_TAPS, teacher_taps: Taps = NO_TAPS,
+    ) -> None:  # fmt: skip
+        self.x, self.y, self.progress, self.student = x, y, progress, student
+        self._teacher, self._index = teacher, index
+        self._student_taps, self._teacher_taps = student_taps, teacher_taps
+        self.recorded: dict[str, Tensor] = {}
 
-    @cached_property
+    @property
+    def index(self) -> Tensor:
+        """int64 [B]: which samples of the training split these are."""
+        assert self._index is not None, "the training loop knows which samples it takes"
+        return self._index
+
+    @property
     def student_logits(self) -> Tensor:
         """float32 [B, K], with gradient."""
-        return self._student(self.x).float()
+        return self._student_outputs[0]
 
-    @cached_property
+    @property
+    def student_features(self) -> dict[str, Tensor]:
+        """float32, with gradient, by the paths of the method's `student_taps`."""
+        return self._student_outputs[1]
+
+    @property
     def teacher_logits(self) -> Tensor:
         """float32 [B, K], without gradient. Asked for by a method with `needs_teacher` only."""
-        assert self._teacher is not None, "the pipeline gives a teacher to every method that needs one"
-        with torch.no_grad():
-            return self._teacher().float()
+        return self._teacher_outputs[0]
+
+    @property
+    def teacher_features(self) -> dict[str, Tensor]:
+        """float32, without gradient, by the paths of the method's `teacher_taps`."""
+        return self._teacher_outputs[1]
+
+    def at(self, progress: float) -> Step:
+        """The same batch, networks and record at another share of the training."""
+        step = copy.copy(self)
+        step.progress = progress
+        return step
+
+    def record(self, name: str, value: float | Tensor) -> None:
+        """Put a number into the training log, beside the terms of the loss; the epoch's mean is shown."""
+        self.recorded[name] = torch.as_tensor(value, dtype=torch.float32, device=self.x.device).detach()
+
+    @cached_property
+    def _student_outputs(self) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._student_taps.recording() as features:
+            return self.student(self.x).float(), features
+
+    @cached_property
+    def _teacher_outputs(self) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self._teacher is not None, "the training loop gives a teacher to every method that needs one"
+        with torch.no_grad(), self._teacher_taps.recording() as features:
+            return self._teacher().float(), features
 
 
 class Method(nn.Module):
-    """A distillation method: options as keyword-only parameters of `__init__`, losses in `forward`."""
+    """A distillation method: options as keyword-only parameters of `__init__`, losses in `forward`.
+
+    student_taps, teacher_taps: set by `attach` where features are needed; the steps then have them.
+    uses_all_parameters: whether every step gives a gradient to all that the method owns.
+    """
 
     needs_teacher: bool = True
+    uses_all_parameters: bool = True
+    student_taps: Taps = NO_TAPS
+    teacher_taps: Taps = NO_TAPS
 
-    def attach(self, student: nn.Module, teacher: nn.Module | None) -> None:
+    def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
         """Prepare for these two networks, once, before training: taps, projectors. Most methods need nothing.
 
         The networks are not to become submodules: what a method owns is trained and saved with it.
         """
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Optimisers of its own, for parameters that play against the student; called once, after `attach`.
+
+        The loop moves all other parameters, and calls these whenever it does. Their learning rates are their own.
+        """
+        return []
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """The weighted terms of the loss by name, each a scalar; their sum is minimised."""

@@ -7,6 +7,12 @@ Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, in 
 
 Codebases differ in three places, so all three are options: which term `alpha` weighs (here each has its own weight),
 whether tau^2 is there, and whether KL is summed over the classes (`batchmean`) or averaged over them too (`mean`).
+
+With schedules it is also the annealed distillation of a sensor's successor (Van Molle et al., Sensors 21(19), 2021:
+`kd_weight: {linear: [1, 0]}`) and the falling temperature of KDAS-ReID (Lei et al., Algorithms 14(5), 2021:
+`temperature: {linear: [8, 1]}`). Both papers' abstracts tell the idea; their schedules are not known here [R].
+Selective distillation is Van Molle's second finding, and its two rules are a reconstruction [R] too: the samples that
+the teacher does not get right, or is not sure of, have no KL and their cross-entropy at full weight.
 """
 
 from __future__ import annotations
@@ -16,9 +22,12 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgekd.errors import RecipeError
+from edgekd.errors import RecipeError, shown
 from edgekd.methods import Method, Step
+from edgekd.methods.divergence import divergence, divergences
+from edgekd.methods.options import above_zero
 from edgekd.registry import register
+from edgekd.schedule import Schedule, value_at, values_of
 
 
 @register("method", "kd")
@@ -29,31 +38,31 @@ class KD(Method):
     temperature: tau, softens both outputs; higher shows more of how the teacher ranks the wrong classes.
     tau_squared: multiply KL by tau^2, which keeps its gradient at the scale of the cross-entropy's.
     kl_reduction: `batchmean` sums KL over the classes, `mean` averages over them as well.
+    selective: distil only where the teacher is `right`, or `sure` of the label; elsewhere labels alone teach.
+    confidence: `sure` is a teacher that gives the label a probability above this.
     """
 
     def __init__(
         self,
         *,
-        kd_weight: float = 0.7,
-        ce_weight: float | None = None,
-        temperature: float = 4.0,
+        kd_weight: float | Schedule = 0.7,
+        ce_weight: float | Schedule | None = None,
+        temperature: float | Schedule = 4.0,
         tau_squared: bool = True,
         kl_reduction: Literal["batchmean", "mean"] = "batchmean",
+        selective: Literal["right", "sure"] | None = None,
+        confidence: float = 0.5,
     ) -> None:
         super().__init__()
-        self.kd_weight = kd_weight
-        self.ce_weight = 1 - kd_weight if ce_weight is None else ce_weight
-        self.temperature, self.tau_squared, self.kl_reduction = temperature, tau_squared, kl_reduction
-        if temperature <= 0:
+        self.kd_weight, self.ce_weight, self.temperature = kd_weight, ce_weight, temperature
+        self.tau_squared, self.kl_reduction = tau_squared, kl_reduction
+        self.selective, self.confidence = selective, confidence
+        above_zero("temperature", temperature, 4)
+        weights = values_of(kd_weight)
+        others = [1 - weight for weight in weights] if ce_weight is None else values_of(ce_weight)
+        if min(*weights, *others) < 0:
             raise RecipeError(
-                f"distill.temperature = {temperature} is not valid",
-                allowed="expected: above 0",
-                fix="--set distill.temperature=4",
-                key="distill.temperature",
-            )
-        if min(self.kd_weight, self.ce_weight) < 0:
-            raise RecipeError(
-                f"distill.kd_weight = {kd_weight} leaves a negative weight",
+                f"distill.kd_weight = {shown(kd_weight)} leaves a negative weight",
                 allowed="expected: both weights at least 0",
                 fix="--set distill.kd_weight=0.7, or give distill.ce_weight",
                 key="distill.kd_weight",
@@ -61,16 +70,33 @@ class KD(Method):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """{ce: scalar, kd: scalar}."""
+        kd_weight = value_at(self.kd_weight, step.progress)
+        ce_weight = 1 - kd_weight if self.ce_weight is None else value_at(self.ce_weight, step.progress)
+        if self.selective is not None:
+            return self._selected(step, kd_weight, ce_weight)
+        temperature = value_at(self.temperature, step.progress)
+        kl = divergence(step.teacher_logits, step.student_logits, temperature)
         return {
-            "ce": self.ce_weight * F.cross_entropy(step.student_logits, step.y),
-            "kd": self.kd_weight * self.divergence(step.teacher_logits, step.student_logits),
+            "ce": ce_weight * F.cross_entropy(step.student_logits, step.y),
+            "kd": kd_weight * (kl * self._scale(step)),
         }
 
-    def divergence(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-        """tau^2 KL(teacher || student) of two [B, K] logits, a scalar."""
-        target = F.log_softmax(teacher_logits.float() / self.temperature, dim=1)
-        output = F.log_softmax(student_logits.float() / self.temperature, dim=1)
-        divergence = F.kl_div(output, target, reduction="batchmean", log_target=True)
-        if self.kl_reduction == "mean":
-            divergence = divergence / output.shape[1]  # by hand: torch announces that its own "mean" will change
-        return divergence * self.temperature**2 if self.tau_squared else divergence
+    def _selected(self, step: Step, kd_weight: float, ce_weight: float) -> dict[str, Tensor]:
+        """The same sum where the teacher is trusted; cross-entropy with both weights elsewhere."""
+        if self.selective == "right":
+            trusted = (step.teacher_logits.argmax(1) == step.y).float()
+        else:
+            of_label = step.teacher_logits.softmax(1).gather(1, step.y[:, None])[:, 0]
+            trusted = (of_label > self.confidence).float()
+        step.record("trusted", trusted.mean())
+        temperature = value_at(self.temperature, step.progress)
+        kl = divergences(step.teacher_logits, step.student_logits, temperature)
+        ce = F.cross_entropy(step.student_logits, step.y, reduction="none")
+        return {
+            "ce": ((ce_weight + kd_weight * (1 - trusted)) * ce).mean(),
+            "kd": kd_weight * ((trusted * kl).mean() * self._scale(step)),
+        }
+
+    def _scale(self, step: Step) -> float:
+        scale = value_at(self.temperature, step.progress) ** 2 if self.tau_squared else 1.0
+        return scale / step.student_logits.shape[1] if self.kl_reduction == "mean" else scale

@@ -22,6 +22,7 @@ from edgekd.quantize.ptq import decibel
 Array = npt.NDArray[Any]
 Row = dict[str, Any]
 
+IMAGES = 128  # are enough to tell which layer loses what
 # Below these a layer gets a suggestion. Rounding to 8 bits alone costs 30 to 45 dB on bell-shaped values.
 LOW_SQNR_DB = 20.0
 SHARP_DROP_DB = 6.0
@@ -113,9 +114,17 @@ def layers(graph: Graph, quantized: onnx.ModelProto, scales: Mapping[str, float]
                 here.own_input.add(x, round_to(x, scale), (LARGEST + 0.5) * scale)
     rows: list[Row] = []
     for layer in graph.layers:
-        quantized_here = layer.node.input[1] + DEQUANTIZED in deployed.makers
-        rows.append(_row(layer, sums[layer.name], quantized_here, rows[-1] if rows else None))
+        rows.append(_row(layer, sums[layer.name], _deployed_weight(layer, deployed), rows[-1] if rows else None))
     return rows
+
+
+def _deployed_weight(layer: Layer, deployed: Graph) -> Array | None:
+    """What a layer's weights stand for in the deployed model; None where they are those of the float model."""
+    name = layer.node.input[1]
+    if name + DEQUANTIZED in deployed.makers:
+        return rounded_weights(layer)
+    weight = deployed.constants.get(name, layer.weight)
+    return None if np.array_equal(weight, layer.weight) else weight
 
 
 def round_to(values: Array, scale: float) -> Array:
@@ -125,9 +134,9 @@ def round_to(values: Array, scale: float) -> Array:
     return rounded
 
 
-def _row(layer: Layer, sums: _LayerSums, quantized: bool, before: Row | None) -> Row:
-    weights = _Sums()
-    weights.add(layer.weight, rounded_weights(layer) if quantized else layer.weight)
+def _row(layer: Layer, sums: _LayerSums, weight: Array | None, before: Row | None) -> Row:
+    weights, quantized = _Sums(), weight is not None
+    weights.add(layer.weight, layer.weight if weight is None else weight)
     seen = quantized and sums.own_input.count > 0
     row: Row = {
         "layer": layer.name,

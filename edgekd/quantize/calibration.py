@@ -58,6 +58,16 @@ def measure(graph: Graph, tensors: Sequence[str], images: Array) -> Ranges:
     for batch in sessions.activations(graph, tensors, images):
         for name, values in batch.items():
             largest[name] = float(np.maximum(largest[name], np.abs(values).max()))  # keeps a NaN
+    check_finite(largest)
+    counts = {name: np.zeros(BINS, np.int64) for name in tensors}
+    for batch in sessions.activations(graph, tensors, images):
+        for name, values in batch.items():
+            counts[name] += _counted(values, largest[name])
+    return Ranges(largest, counts, len(images), tuple(remarks(largest, images)))
+
+
+def check_finite(largest: Mapping[str, float]) -> None:
+    """Raises DataError unless all magnitudes {tensor: largest} are finite."""
     for name, value in largest.items():
         if not np.isfinite(value):
             raise DataError(
@@ -65,11 +75,6 @@ def measure(graph: Graph, tensors: Sequence[str], images: Array) -> Ranges:
                 allowed="expected: every activation of the float model is finite",
                 fix="train the network again, or look for images that are far out of range",
             )
-    counts = {name: np.zeros(BINS, np.int64) for name in tensors}
-    for batch in sessions.activations(graph, tensors, images):
-        for name, values in batch.items():
-            counts[name] += _counted(values, largest[name])
-    return Ranges(largest, counts, len(images), tuple(_warnings(largest, images)))
 
 
 def threshold(counts: Array, largest: float, method: Method, percentile: float) -> float:
@@ -128,7 +133,8 @@ def _counted(values: Array, largest: float) -> Array:
     return np.bincount(index, minlength=BINS)
 
 
-def _warnings(largest: Mapping[str, float], images: Array) -> list[str]:
+def remarks(largest: Mapping[str, float], images: Array) -> list[str]:
+    """What is odd about calibration images [N, C, H, W], or about the magnitudes {tensor: largest} that they made."""
     found = []
     if len(images) < FEW_IMAGES:
         found.append(f"calibrated on {len(images)} images: fewer than {FEW_IMAGES} rarely show the range of a layer")

@@ -16,6 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from edgekd.quantize.graph import Graph, attributes, copied
+from edgekd.quantize.packing import float_from_packed
 from edgekd.quantize.placement import BRANCH_SCALES, DEQUANTIZED, FUSED, QUANTIZED, ZERO_POINT, pair
 
 Dialect = Literal["int8", "onnxruntime_uint8", "onnxruntime_int8"]
@@ -25,8 +26,10 @@ _INT32_END = 2.0**31
 
 
 def translated(model: onnx.ModelProto, dialect: Dialect) -> onnx.ModelProto:
-    """A quantized model as a backend wants it written; a model without Q/DQ pairs stays as it is."""
-    if dialect == "int8" or not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+    """A quantized model as a backend wants it written. Packed weights stay packed for ONNX Runtime alone."""
+    if dialect == "int8":
+        return float_from_packed(model)
+    if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         return model
     return onnxruntime_from_int8(model, activations="uint8" if dialect == "onnxruntime_uint8" else "int8")
 

@@ -139,13 +139,32 @@ def _branches(graph: Graph) -> Iterator[Finding]:
             yield from _found(residual.node, "branch", reason, "round the skip input alone", "slow")
 
 
+def layers_with_weights(graph: Graph) -> Iterator[onnx.NodeProto]:
+    """Convolutions and products with constant weights, in float or rounded; but for those that spell out an LMA."""
+    for node in graph.model.graph.node:
+        if node.op_type in _WEIGHTED and not lma_name(node) and _weight(node, graph) in graph.constants:
+            yield node
+
+
+def layer_name(node: onnx.NodeProto, graph: Graph) -> str:
+    """The torch module's name of a layer, where its weight is called after it."""
+    return _weight(node, graph).removesuffix(".weight")
+
+
+def _weight(node: onnx.NodeProto, graph: Graph) -> str:
+    """The constant that a layer's weights are, before any rounding."""
+    name = str(node.input[1])
+    while (maker := graph.makers.get(name)) is not None and maker.op_type in PAIR:
+        name = str(maker.input[0])
+    return name
+
+
 def _quantized_layers(graph: Graph) -> Iterator[Layer]:
     """Layers whose weights come out of a pair, or out of the DQ of stored codes."""
-    for node in graph.model.graph.node:
-        if node.op_type in _WEIGHTED and len(node.input) > 1:
-            maker = graph.makers.get(node.input[1])
-            if maker is not None and maker.op_type == "DequantizeLinear":
-                yield Layer(node.name or node.output[0], node, np.zeros((1, 1), np.float32), 0)
+    for node in layers_with_weights(graph):
+        maker = graph.makers.get(node.input[1])
+        if maker is not None and maker.op_type == "DequantizeLinear":
+            yield Layer(node.name or node.output[0], node, np.zeros((1, 1), np.float32), 0)
 
 
 def _inputs(layer: Layer, graph: Graph) -> Iterator[Finding]:

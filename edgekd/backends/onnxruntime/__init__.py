@@ -13,6 +13,13 @@ from edgekd.backends import Backend, write_settings
 from edgekd.errors import MissingError, StageError
 from edgekd.registry import register
 
+# The wheel that has a provider.
+WHEELS = {
+    **dict.fromkeys(("CUDAExecutionProvider", "TensorrtExecutionProvider"), "pip install onnxruntime-gpu"),
+    "OpenVINOExecutionProvider": "pip install onnxruntime-openvino",
+}
+OTHER_WHEEL = "build onnxruntime with it, or name another in the target"
+
 
 @register("backend", "onnxruntime")
 class OnnxRuntime(Backend):
@@ -21,6 +28,8 @@ class OnnxRuntime(Backend):
     Providers are tried in the given order. One that is asked for and not used is an error, never a slow result: without
     CPUExecutionProvider in the list, no part of the model may fall back to the CPU either.
     codes: of the activations of a quantized model; uint8 is the fast one on x86, int8 on ARM.
+    lma_table: whether LMA layers between 8-bit codes become tables of 256 values, which compute the same; auto takes
+    the faster of both, measured where the model is compiled.
     """
 
     name = "onnxruntime"
@@ -35,14 +44,17 @@ class OnnxRuntime(Backend):
         providers: list[str] = ["CPUExecutionProvider"],  # noqa: B006
         graph_optimization: Literal["disabled", "basic", "extended", "all"] = "all",
         codes: Literal["uint8", "int8"] = "uint8",
+        lma_table: Literal["auto", "never", "always"] = "auto",
     ) -> None:
-        self.providers, self.graph_optimization = list(providers), graph_optimization
+        self.providers, self.graph_optimization, self.lma_table = list(providers), graph_optimization, lma_table
         self.dialect = "onnxruntime_uint8" if codes == "uint8" else "onnxruntime_int8"
 
     def available(self) -> str:
         """Empty, or why ONNX Runtime cannot be used here."""
         missing = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
-        return f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}" if missing else ""
+        if missing:
+            return f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}"
+        return self._absent_provider()
 
     def check(self, onnx: Path) -> list[str]:
         """Problems found by onnx's checker and by making a session."""
@@ -64,14 +76,16 @@ class OnnxRuntime(Backend):
         return []
 
     def compile(self, onnx: Path, out: Path, *, threads: int) -> dict[str, Any]:
-        """Copy the model and prove that it loads with exactly the providers asked for."""
+        """Write the model and prove that it loads with exactly the providers asked for."""
         self.require()
-        from edgekd.backends.onnxruntime import runner
+        from edgekd.backends.onnxruntime import lma_tables, runner
 
+        settings = self._settings(threads)
         shutil.copyfile(onnx, out / "model.onnx")
-        write_settings(out, self._settings(threads))
+        write_settings(out, settings)
         try:
             facts: dict[str, Any] = runner.load(str(out)).facts
+            tables = lma_tables.put(out / "model.onnx", settings, self.lma_table)
         except runner.ProviderError as error:
             raise MissingError(
                 str(error),
@@ -84,7 +98,17 @@ class OnnxRuntime(Backend):
                 allowed="the file is damaged, or asks for operators that this onnxruntime lacks",
                 fix="export the model again, or with a lower export.opset",
             ) from error
-        return {**facts, "onnx": importlib.metadata.version("onnx")}
+        return {**facts, **tables, "onnx": importlib.metadata.version("onnx")}
+
+    def _absent_provider(self) -> str:
+        """Told before anything is trained; for the CPU alone, which is always there, the runtime is not imported."""
+        if self.providers == ["CPUExecutionProvider"]:
+            return ""
+        import onnxruntime
+
+        known = onnxruntime.get_available_providers()
+        absent = [provider for provider in self.providers if provider not in known]
+        return f"onnxruntime has no {absent[0]} on this machine: {WHEELS.get(absent[0], OTHER_WHEEL)}" if absent else ""
 
     def _settings(self, threads: int) -> dict[str, Any]:
         return {

@@ -1,0 +1,127 @@
+"""Several methods at once, or one after the other.
+
+    method: combined                                      method: staged
+    methods: [kd, {rkd: {distance_weight: 10}}]           methods: [{fitnet: {ce_weight: 0}}, kd]
+                                                          epochs: [10, 30]
+
+Every method has weights of its own among its options, and these are the weights of the sum.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgekd import registry
+from edgekd.errors import RecipeError
+from edgekd.methods import Method, Setting, Step
+from edgekd.registry import MethodChoice, register
+
+# Progress is a quotient of batches: the first batch of a stage may fall short of it by rounding.
+ROUNDING = 1e-9
+
+
+class _Several(Method):
+    """What the methods need together, each under its own name; a name that comes twice gets a number."""
+
+    def __init__(self, methods: list[MethodChoice]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict()
+        for chosen in methods:
+            ((name, options),) = chosen.items()
+            number = sum(other.partition("-")[0] == name for other in self.parts)
+            self.parts[f"{name}-{number + 1}" if number else name] = _made(name, options)
+        if not self.parts:
+            raise RecipeError(
+                "distill.methods is empty",
+                allowed="expected: one method or more, NAME or {NAME: {option: value}}",
+                fix="--set 'distill.methods=[kd]'",
+                key="distill.methods",
+            )
+        self.needs_teacher = any(part.needs_teacher for _, part in self.named_parts())
+        self.uses_all_parameters = all(part.uses_all_parameters for _, part in self.named_parts())
+
+    def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
+        """Attach each of them; all their taps are taps of this one."""
+        for _, part in self.named_parts():
+            part.attach(student, teacher, setting)
+            self.student_taps = self.student_taps | part.student_taps
+            self.teacher_taps = self.teacher_taps | part.teacher_taps
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those of all of them."""
+        return [optimizer for _, part in self.named_parts() for optimizer in part.optimizers()]
+
+    def named_parts(self) -> list[tuple[str, Method]]:
+        """The methods by their names, in order."""
+        return [(name, part) for name, part in self.parts.items() if isinstance(part, Method)]
+
+
+def _made(name: str, options: dict[str, Any]) -> Method:
+    made: Method = registry.create("method", name, options=options, where=f"distill.methods.{name}")
+    return made
+
+
+@register("method", "combined")
+class Combined(_Several):
+    """The terms of several methods are added; the cross-entropy is that of the first method that has one.
+
+    methods: NAME or {NAME: {option: value}}. All but the first add what they distil, and not the labels again.
+    """
+
+    def __init__(self, *, methods: list[MethodChoice]) -> None:
+        super().__init__(methods)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """{ce: scalar, NAME_TERM: scalar for every other term of every method}."""
+        terms: dict[str, Tensor] = {}
+        for name, part in self.named_parts():
+            own = part(step)
+            if "ce" in own:
+                terms.setdefault("ce", own.pop("ce"))
+            terms |= {f"{name}_{term}": value for term, value in own.items()}
+        return terms
+
+
+@register("method", "staged")
+class Staged(_Several):
+    """Several methods one after the other, each for its number of epochs.
+
+    methods: NAME or {NAME: {option: value}}. epochs: of each; together those of distill.train. A schedule runs over
+    the epochs of its own method. The student, its optimiser and the learning rate go on from stage to stage.
+    """
+
+    def __init__(self, *, methods: list[MethodChoice], epochs: list[int]) -> None:
+        super().__init__(methods)
+        self.ends = [end / max(1, sum(epochs)) for end in accumulate(epochs)]
+        self.epochs = epochs
+        self.uses_all_parameters = False
+        if len(epochs) != len(methods) or min(epochs, default=0) < 1:
+            raise RecipeError(
+                f"distill.epochs = {epochs} does not fit {len(methods)} methods",
+                allowed="expected: a number of epochs, at least 1, for each method",
+                fix=f"--set 'distill.epochs={[1] * len(methods)}', and so on",
+                key="distill.epochs",
+            )
+
+    def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
+        """Attach all of them. Raises RecipeError when their epochs are not those of the training."""
+        if sum(self.epochs) != setting.epochs:
+            raise RecipeError(
+                f"distill.epochs = {self.epochs} are {sum(self.epochs)} epochs, and distill.train has {setting.epochs}",
+                allowed="expected: the same sum",
+                fix=f"--set distill.train.epochs={sum(self.epochs)}",
+                key="distill.epochs",
+            )
+        super().attach(student, teacher, setting)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """The terms of the method whose turn it is."""
+        number = sum(step.progress + ROUNDING >= end for end in self.ends[:-1])
+        start, end = [0.0, *self.ends][number : number + 2]
+        _, part = self.named_parts()[number]
+        terms: dict[str, Tensor] = part(step.at(max(0.0, (step.progress - start) / (end - start))))
+        return terms

@@ -1,0 +1,80 @@
+"""Small networks of edgekd's own, and steps for methods that are attached to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgekd import networks, registry
+from edgekd.data import Shape
+from edgekd.methods import Method, Setting, Step
+
+B, K, N = 12, 5, 40
+SHAPE = Shape(1, 8, 8)
+# What a method needs beyond its defaults, to be tried in a moment.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "combined": {"methods": ["kd", {"rkd": {"distance_weight": 2.0}}, "fitnet"]},
+    "staged": {"methods": ["kd", "fitnet"], "epochs": [1, 1]},
+    "crd": {"negatives": 16, "dimensions": 8},
+}
+
+
+def network(width: float, seed: int, depth: int = 8) -> nn.Module:
+    return networks.build("resnet", {"depth": depth, "width": width}, SHAPE, K, ("relu", {}), seed)
+
+
+def pair() -> tuple[nn.Module, nn.Module]:
+    """Student and teacher with other channels than the student's."""
+    return network(0.25, 0), network(0.375, 1).eval().requires_grad_(False)
+
+
+def setting(epochs: int = 2) -> Setting:
+    generator = torch.Generator().manual_seed(3)
+    return Setting(
+        torch.randn(2, 1, 8, 8, generator=generator), torch.arange(N) % K, K,
+        torch.full((1, 1, 1), 0.3), torch.full((1, 1, 1), 0.4), epochs,
+    )  # fmt: skip
+
+
+def attached(name: str, student: nn.Module, teacher: nn.Module | None, **options: Any) -> Method:
+    torch.manual_seed(1)
+    method: Method = registry.create("method", name, options=options or OPTIONS.get(name, {}))
+    method.attach(student, teacher if method.needs_teacher else None, setting())
+    return method
+
+
+def step_of(method: Method, student: nn.Module, teacher: nn.Module, progress: float = 0.25) -> Step:
+    """A batch, the same at every call."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(B, 1, 8, 8, generator=generator)
+    index = torch.randperm(N, generator=generator)[:B]
+    given = (lambda: teacher(x)) if method.needs_teacher else None
+    return Step(
+        x, index % K, progress=progress, student=student, teacher=given, index=index,
+        student_taps=method.student_taps, teacher_taps=method.teacher_taps,
+    )  # fmt: skip
+
+
+def one_step(name: str, progress: float = 0.25, **options: Any) -> tuple[dict[str, float], Step, Method]:
+    """A fresh method's terms as numbers, its step, and the method."""
+    student, teacher = pair()
+    method = attached(name, student, teacher, **options)
+    step = step_of(method, student, teacher, progress)
+    torch.manual_seed(4)
+    return {term: value.item() for term, value in method(step).items()}, step, method
+
+
+def arrays(features: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    return [value.detach().double().numpy() for value in features.values()]
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    x = np.exp(x.astype(np.float64) - x.max(1, keepdims=True))
+    return x / x.sum(1, keepdims=True)
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    return float(-np.log(softmax(logits)[np.arange(len(labels)), labels]).mean())

@@ -1,0 +1,136 @@
+"""Options that change over a training: the values, what is refused, and how the registry speaks of them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import jsonschema
+import numpy as np
+import pytest
+
+from edgekd import catalog, recipe, registry
+from edgekd.errors import RecipeError
+from edgekd.schedule import SHAPES, value_at, values_of
+
+SHARE = np.linspace(0, 1, 21)
+FORMULAS = {
+    "linear": lambda p: 8 + (0.5 - 8) * p,
+    "cosine": lambda p: 0.5 + (8 - 0.5) * (1 + np.cos(np.pi * p)) / 2,
+    "exponential": lambda p: 8 * (0.5 / 8) ** p,
+    "ramp_up": lambda p: 8 + (0.5 - 8) * np.exp(-5 * (1 - p) ** 2),
+}
+
+
+@pytest.mark.parametrize("shape", FORMULAS)
+def test_the_values_of_every_curve(shape):
+    found = [value_at({shape: [8, 0.5]}, p) for p in SHARE]
+    np.testing.assert_allclose(found, FORMULAS[shape](SHARE), rtol=1e-12)
+    assert found[-1] == pytest.approx(0.5)
+    early = [value_at({shape: [8, 0.5, 0.4]}, p) for p in SHARE]
+    np.testing.assert_allclose(early, FORMULAS[shape](np.minimum(SHARE / 0.4, 1)), rtol=1e-12)
+
+
+def test_all_shapes_but_the_ramp_begin_at_the_first_value():
+    assert all(value_at({shape: [8, 0.5]}, 0.0) == 8 for shape in SHAPES if shape != "ramp_up")
+    assert value_at({"ramp_up": [0, 1]}, 0.0) == pytest.approx(math.exp(-5))
+
+
+def test_steps_share_the_training_equally():
+    found = [value_at({"step": [4, 2, 1]}, p) for p in (0, 0.33, 0.34, 0.66, 0.67, 0.99, 1)]
+    assert found == [4, 4, 2, 2, 1, 1, 1]
+    assert values_of({"step": [4, 2, 1]}) == [4, 2, 1]
+
+
+def test_a_number_is_a_constant():
+    assert {value_at(3.5, p) for p in SHARE} == {3.5}
+    assert values_of(3.5) == [3.5]
+    assert values_of({"linear": [4, 1, 0.5]}) == [4, 1]
+
+
+def test_every_option_that_takes_a_schedule_takes_every_schedule():
+    scheduled = [
+        (entry, option)
+        for entry in registry.entries("method")
+        for option in entry.options.values()
+        if "schedule" in registry.typename(option.annotation)
+    ]
+    assert {entry.name for entry, _ in scheduled} >= {"kd", "dkd", "fitnet"}
+    for entry, option in scheduled:
+        others = {one.name: SOME for one in entry.options.values() if one.required}
+        for shape in SHAPES:
+            given = {option.name: {shape: [2, 1]}}
+            assert entry.validate({**others, **given})[option.name] == {shape: [2.0, 1.0]}
+
+
+SOME = ["kd"]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (
+            {"liner": [4, 1]},
+            'schedules: linear, cosine, exponential, ramp_up, step; this names liner, closest: "linear"',
+        ),
+        ({}, "schedules: linear, cosine, exponential, ramp_up, step; this names nothing"),
+        (
+            {"linear": [4, 1], "step": [1, 2]},
+            "schedules: linear, cosine, exponential, ramp_up, step; this names linear, step",
+        ),
+        ({"linear": [4]}, "linear takes [from, to], or [from, to, until] with until above 0 and at most 1"),
+        ({"cosine": [4, 1, 1.5]}, "cosine takes [from, to], or [from, to, until] with until above 0 and at most 1"),
+        ({"exponential": [4, 0]}, "exponential takes two numbers of one sign, and not 0"),
+        ({"linear": "4 to 1"}, "linear takes a list of numbers"),
+        ({"linear": [4, True]}, "linear takes a list of numbers"),
+        ({"step": [4]}, "step takes two numbers or more"),
+    ],
+    ids=str,
+)
+def test_what_is_no_schedule(value, reason):
+    with pytest.raises(RecipeError) as caught:
+        recipe.load("digits", [f"distill.temperature={json.dumps(value)}"])
+    assert str(caught.value) == (
+        f"error: --set: distill.temperature = {json.dumps(value)} is not valid\n"
+        f"       expected: float | schedule   ({reason})\n"
+        "fix:   correct distill.temperature, or see: edgekd list methods"
+    )
+
+
+def test_a_text_is_refused_as_before():
+    with pytest.raises(RecipeError, match=r"expected: float \| schedule   \(should be a valid number\)"):
+        recipe.load("digits", ["distill.temperature=hot"])
+
+
+def test_the_recipe_keeps_a_schedule_and_the_schema_knows_it():
+    spec = recipe.load("digits", ["distill.temperature={linear: [4, 1]}"]).distill
+    assert spec.options["temperature"] == {"linear": [4.0, 1.0]}
+    schema = recipe.json_schema()
+    content = {
+        "name": "x",
+        "data": {"source": "digits"},
+        "teacher": {"network": "resnet"},
+        "student": {"network": "resnet"},
+    }
+    for good in (4, {"linear": [4, 1]}, {"step": [4, 2, 1]}):
+        jsonschema.validate(content | {"distill": {"method": "kd", "temperature": good}}, schema)
+    for bad in ("hot", {"liner": [4, 1]}, {"linear": 4}, {"linear": [4]}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(content | {"distill": {"method": "kd", "temperature": bad}}, schema)
+
+
+def test_the_list_of_methods_shows_the_type():
+    (row,) = [row for row in catalog.rows("methods") if row["name"] == "kd"]
+    assert row["options"]["temperature"]["type"] == "float | schedule"
+    assert "temperature=4.0|schedule tau_squared=true " in catalog.options_text(row)
+
+
+def test_unused_later_options_are_not_dumped_so_that_keys_stay():
+    plain = recipe.load("digits").distill.model_dump(mode="json")
+    assert set(plain) == {
+        "method", "scratch", "cache_teacher", "train",
+        "kd_weight", "ce_weight", "temperature", "tau_squared", "kl_reduction",
+    }  # fmt: skip
+    used = recipe.load("digits", ["distill.selective=sure"]).distill.model_dump(mode="json")
+    assert used["selective"] == "sure"
+    assert recipe.load("digits", ["distill.confidence=0.9"]).model_dump()["distill"]["confidence"] == 0.9
