@@ -30,6 +30,7 @@ bench: $(VENV)/dev ## the speed of edgekd itself, against its peers
 	$(BIN)/python benchmarks/lma_onnx.py
 	$(BIN)/python benchmarks/agent_overhead.py
 	$(BIN)/python benchmarks/ptq.py
+	$(BIN)/python benchmarks/trt_check.py
 
 clean: ## remove the environment, caches and build products; results in .edgekd stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

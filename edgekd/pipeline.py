@@ -28,7 +28,7 @@ from edgekd import __version__, registry, stages
 from edgekd.artifact import Artifact, Store, key_of, sha256_of
 from edgekd.data import calibration
 from edgekd.device import Device
-from edgekd.errors import CheckpointError, RecipeError, StoreError, shown, unknown
+from edgekd.errors import CheckpointError, MissingError, RecipeError, StoreError, shown, unknown
 from edgekd.stages import Inputs, Job
 
 SUBJECTS = ("teacher", "student")
@@ -200,7 +200,7 @@ def plan(job: Job, last: str) -> list[Planned]:
     for stage in needed(job, last):
         inputs = {name: found[name].artifact for name in stage.inputs if name in found}
         if stage.measures:
-            Device(job.device or job.target.device, job.store.root)  # raises when the URL names no device
+            _check_device(job)
         if all(inputs.values()):
             key = _key(job, stage, inputs)  # type: ignore[arg-type]
             artifact = None if stage.measures else job.store.find(stage.name, key)
@@ -208,6 +208,23 @@ def plan(job: Job, last: str) -> list[Planned]:
         else:
             found[stage.name] = Planned(stage.name, "run" if stage.measures else "unknown")
     return list(found.values())
+
+
+def _check_device(job: Job) -> None:
+    """Raise for a device that cannot be measured on, as far as its URL and the target tell."""
+    if job.target.board is not None and not job.device and job.target.device == "local:":
+        raise MissingError(
+            f"target {job.target.name} is a board, and no device is named",
+            allowed="everything up to edgekd compile works without one",
+            fix="--device ssh://USER@HOST",
+        )
+    if job.backend.builds_on == "device":
+        raise MissingError(
+            f"backend {job.backend.name} builds its engine on the board, which edgekd bench cannot do yet",
+            allowed="it can: edgekd export, quantize, compile and check for this target",
+            fix="measure with another backend: a target file with backends: [onnxruntime]",
+        )
+    Device(job.device or job.target.device, job.store.root)
 
 
 def check(job: Job, to_make: Collection[str]) -> None:

@@ -20,6 +20,21 @@ def shipped_folder(name: str) -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent / name
 
 
+class Board(Section):
+    """What is known of a board before it is reached; what is not known is left out. The board's own files win."""
+
+    soc: str = Field(description="the chip, as the board's device tree names it")
+    memory_gb: Annotated[list[int], Field(min_length=1)] = Field(description="of the models sold, the largest first")
+    jetpack: str | None = None
+    l4t: str | None = None
+    cuda: str | None = None
+    python: Annotated[str | None, Field(pattern=r"^3\.\d+$")] = Field(None, description="that of its operating system")
+    compute_capability: Annotated[str | None, Field(pattern=r"^\d+\.\d$")] = None
+    multiprocessors: Annotated[int | None, Field(ge=1)] = None
+    dla_cores: Annotated[int | None, Field(ge=0)] = Field(None, description="deep learning accelerators beside the GPU")
+    power_rails: list[str] = Field([], description="whose sum is the power of the whole module")
+
+
 class Target(Section):
     """A place to run: the device, and what compiles for it."""
 
@@ -31,6 +46,7 @@ class Target(Section):
     )
     threads: Annotated[int, Field(ge=1)] = Field(1, description="threads of one inference")
     opset: Annotated[int, Field(ge=18, le=23)] = Field(20, description="the newest ONNX opset that its backends read")
+    board: Board | None = None
 
     @property
     def choices(self) -> list[Choice]:
@@ -38,13 +54,21 @@ class Target(Section):
         return [choice_from_yaml(backend) for backend in self.backends]
 
 
+# Names that people use for a board of a family.
+ALIASES = {"jetson": "jetson-orin-nano"}
+
+
 def names() -> list[str]:
-    """The shipped targets."""
+    """The shipped targets, without aliases."""
     return sorted(file.stem for file in shipped_folder("targets").glob("*.yaml"))
 
 
 def load(source: str) -> Target:
-    """A shipped target by name, or the user's own by the path of its YAML. Raises RecipeError, with its line."""
+    """A shipped target by name or alias, or the user's own by the path of its YAML.
+
+    Raises RecipeError, with its line.
+    """
+    source = ALIASES.get(source, source)
     path, fix = Path(source), "see: edgekd list targets, or name a .yaml file"
     if path.suffix not in (".yaml", ".yml"):
         if source not in names():

@@ -21,8 +21,8 @@ from edgekd.cli.looking import KINDS
 from edgekd.errors import BudgetMissed, ResultInvalid
 
 COMMANDS = (
-    "bench", "calib", "compile", "distill", "doctor", "export", "init", "list", "plan", "quantize", "report", "run",
-    "schema",
+    "bench", "calib", "check", "compile", "distill", "doctor", "export", "init", "list", "plan", "quantize", "report",
+    "run", "schema",
 )  # fmt: skip
 
 

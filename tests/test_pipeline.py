@@ -11,7 +11,7 @@ from tiny_job import TINY, make_job
 
 from edgekd import pipeline
 from edgekd.artifact import LOG
-from edgekd.errors import CheckpointError, RecipeError, StoreError
+from edgekd.errors import CheckpointError, MissingError, RecipeError, StoreError
 
 BENCH = {"bench"}
 ENGINES = {"engine-teacher", "engine-student"} | BENCH
@@ -267,3 +267,23 @@ def test_two_runs_at_once(edgekd, tmp_path):
         assert len([line for line in told if stage in line and "done in" in line]) == 1
         assert len([line for line in told if stage in line and "reused" in line]) == 1
     assert len(os.listdir(tmp_path / ".edgekd" / "store" / "student")) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "lines"),
+    [
+        ("", ["error: target jetson-orin-nano is a board, and no device is named",
+              "       everything up to edgekd compile works without one",
+              "fix:   --device ssh://USER@HOST"]),
+        ("ssh://orin", ["error: backend tensorrt builds its engine on the board, which edgekd bench cannot do yet",
+                        "       it can: edgekd export, quantize, compile and check for this target",
+                        "fix:   measure with another backend: a target file with backends: [onnxruntime]"]),
+    ],
+)  # fmt: skip
+def test_a_board_that_cannot_be_measured_on(tmp_path, device, lines):
+    job = make_job(tmp_path / "store", target="jetson")
+    job.device = device
+    with pytest.raises(MissingError) as caught:
+        pipeline.plan(job, "bench")
+    assert str(caught.value).splitlines() == lines
+    assert pipeline.plan(job, "engine-student")

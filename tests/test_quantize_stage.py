@@ -151,3 +151,31 @@ def test_the_study_of_calibration_sets(main, store, tmp_path):
     assert code == 0
     assert [(row["images"], row["seed"]) for row in rows[:3]] == [(16, 0), (16, 1), (16, 2)]
     assert rows[-1]["images"] < 256 and all(0 <= row["top1"] <= 1 for row in rows)
+
+
+def test_check_passes_what_tensorrt_takes(main, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = quantized(store)["quantize"].file(stages.MODEL)
+    code, out, err = main("check", model, "--target", "jetson", "--json")
+    found = json.loads(out)
+    assert (code, found["findings"], found["version"]) == (0, [], "10.3.0"), err
+    assert found["evidence"] == "linted" or found["compiled"]["int8_convolutions"] == found["compiled"]["convolutions"]
+
+
+def test_check_names_what_tensorrt_refuses(main, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = quantized(store)["engine-student"].file(stages.ENGINE) / "model.onnx"  # in ONNX Runtime's dialect
+    code, out, err = main("check", model, "--target", "jetson")
+    assert code == 4
+    what, allowed, fix = err.splitlines()[-3:]
+    assert what == f"error: jetson would refuse {model}: its codes are UINT8"
+    assert "to mend; what is known: linted" in allowed and fix == "fix:   use symmetric INT8"
+    assert "both of its" in out
+    assert main("check", model, "--target", "local")[0] == 0
+
+
+def test_check_of_no_model(main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = main("check", "none.onnx", "--target", "jetson")
+    assert code == 4
+    assert err.splitlines()[0].startswith("error: none.onnx is not valid ONNX: ")

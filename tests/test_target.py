@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgekd import target
+from edgekd import registry, target
+from edgekd.backends.tensorrt.on_device.board import JETPACKS
 from edgekd.errors import RecipeError
 
 GOOD = """\
@@ -22,11 +23,26 @@ def test_shipped_targets_load(name):
     assert made.name == name and made.description
 
 
+@pytest.mark.parametrize("alias", target.ALIASES)
+def test_an_alias_is_the_target_that_it_names(alias):
+    assert target.load(alias) == target.load(target.ALIASES[alias])
+    assert alias not in target.names()
+
+
+@pytest.mark.parametrize("name", [name for name in target.names() if name.startswith("jetson-")])
+def test_a_jetson_says_what_its_engines_depend_on(name):
+    board = target.load(name).board
+    assert board is not None and board.soc.startswith("tegra")
+    assert JETPACKS[board.l4t] == board.jetpack
+    assert board.compute_capability is not None and board.dla_cores is not None
+
+
 def test_the_options_of_backends_are_completed(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(GOOD)
     first, second = target.load(str(file)).choices
-    assert first.options == {"providers": ["CPUExecutionProvider"], "graph_optimization": "basic"}
+    assert first.options["graph_optimization"] == "basic"
+    assert first.options.keys() == registry.entry("backend", "onnxruntime").options.keys()
     assert second == ("null", {"latency_ms": 0.0})
 
 
@@ -35,7 +51,7 @@ def test_the_options_of_backends_are_completed(tmp_path):
     [
         (("threads: 2", "threds: 2"), [
             "error: mine.yaml:5: threds is not a known key",
-            '       known: backends, description, device, name, opset, threads   (closest: "threads")',
+            '       known: backends, board, description, device, name, opset, threads   (closest: "threads")',
             "fix:   write threads, or see the shipped targets: edgekd list targets"]),
         (("threads: 2", "threads: 0"), [
             "error: mine.yaml:5: threads = 0 is not valid",
@@ -47,11 +63,11 @@ def test_the_options_of_backends_are_completed(tmp_path):
             "fix:   add name, or see the shipped targets: edgekd list targets"]),
         (("onnxruntime: {graph_optimization: basic}", "onnxrt"), [
             'error: mine.yaml:3: backends.0 = "onnxrt" is not a known backend',
-            '       known: null, onnxruntime   (closest: "onnxruntime")',
+            f'       known: {", ".join(sorted(registry.names("backend")))}   (closest: "onnxruntime")',
             'fix:   set backends.0 = "onnxruntime", or see: edgekd list backends']),
         (("graph_optimization", "graph"), [
             "error: mine.yaml:3: backends.0.onnxruntime.graph is not a known key or option of backend onnxruntime",
-            "       known: graph_optimization, providers",
+            "       known: codes, graph_optimization, lma_table, providers",
             "fix:   see: edgekd list backends"]),
         (('"null"', "{}"), [
             "error: mine.yaml:4: backends.1 must name one backend, not 0",
@@ -78,7 +94,7 @@ def test_what_a_bad_target_gets(tmp_path, monkeypatch, change, lines):
     [
         ("lcal", [
             'error: target = "lcal" is not a known target',
-            '       known: local   (closest: "local")',
+            f'       known: {", ".join(target.names())}   (closest: "local")',
             'fix:   use "local", or see: edgekd list targets, or name a .yaml file']),
         ("nope.yaml", [
             "error: the target nope.yaml cannot be read: No such file or directory",

@@ -64,6 +64,20 @@ class Backend(ABC):
     def check(self, onnx: Path) -> list[str]:
         """What keeps this backend from running the model: one sentence each, naming the node; empty when nothing."""
 
+    def examine(self, onnx: Path, log: Path) -> dict[str, Any]:
+        """What can be known of a model before the device is reached; ready for JSON.
+
+        log: a file for what a compiler prints, where there is one.
+
+        Returns:
+            evidence: on what the findings rest; findings: a row {node, rule, effect, reason, fix} each; compiled: None,
+            or {refused: sentences, layers: rows {name, inputs, outputs, nodes}} and numbers.
+        """
+        del log
+        row = {"node": "", "rule": "load", "effect": "rejected", "fix": "change the network, or choose another backend"}
+        problems = [row | {"reason": problem} for problem in self.check(onnx)]
+        return {"evidence": f"loaded_by_{self.name}", "findings": problems, "compiled": None}
+
     @abstractmethod
     def compile(self, onnx: Path, out: Path, *, threads: int) -> dict[str, Any]:
         """Write the engine's files into the existing folder `out`; return facts for the manifest.

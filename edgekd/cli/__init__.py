@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "list": looking.list_,
     "schema": looking.schema,
     "calib": preparing.calib,
+    "check": looking.check,
     "plan": running.plan,
     **{name: running.stage_command(name, summary) for name, summary in running.STAGE_COMMANDS.items()},
     "report": looking.report,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgekd.cli.options import STORE, ColorOption, DebugOption, JsonOption, StoreOption, terminal_of
+from edgekd.cli.options import STORE, ColorOption, DebugOption, JsonOption, StoreOption, TargetOption, terminal_of
 from edgekd.cli.running import written
-from edgekd.errors import unknown
+from edgekd.errors import StageError, unknown
+
+if TYPE_CHECKING:
+    from edgekd.terminal import Terminal
 
 KINDS = (
     "datasets", "networks", "activations", "methods", "quantizers", "backends", "transports", "targets", "recipes",
@@ -62,15 +66,55 @@ def schema() -> None:
 
 def doctor(
     device: Annotated[str, typer.Option("--device", metavar="URL", help="The machine to look at.")] = "local:",
+    install: Annotated[bool, typer.Option("--install", help="Install there what runs engines, into a venv.")] = False,
     store: StoreOption = STORE, json_: JsonOption = False, no_color: ColorOption = False, debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Say what is there and what is missing, with the command that installs it."""
     from edgekd import catalog
 
-    found = catalog.health(device, store)
+    found = catalog.health(device, store, install=install)
     if json_:
         print(json.dumps(found, indent=2))
         return
     terminal_of(no_color).table(
         ("what", "found", "to mend it"), [(row["what"], row["found"], row["fix"]) for row in found]
     )
+
+
+def check(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file, of edgekd or not.")],
+    target: TargetOption = "jetson",
+    log: Annotated[Path, typer.Option("--log", help="Where to write what the compiler prints.")] = Path("check.log"),
+    json_: JsonOption = False, no_color: ColorOption = False, debug: DebugOption = False,
+) -> None:  # fmt: skip
+    """Say what a target's compiler would refuse of a model or run slowly, with the reason and what mends it."""
+    from edgekd import backends, registry
+    from edgekd import target as targets
+
+    choice = targets.load(target).choices[0]
+    backend: backends.Backend = registry.create("backend", choice.name, options=choice.options)
+    found = backend.examine(model, log)
+    refused = [row for row in found["findings"] if row["effect"] == "rejected"]
+    compiled = found["compiled"] or {}
+    if json_:
+        print(json.dumps(found, indent=2))
+    else:
+        _show_examined(found, terminal_of(no_color))
+    if refused or compiled.get("refused"):
+        raise StageError(
+            f"{target} would refuse {model}: {refused[0]['reason'] if refused else compiled['refused'][0]}",
+            allowed=f"{max(len(refused), 1)} to mend; what is known: {found['evidence']}",
+            fix=refused[0]["fix"] if refused else f"see {log}",
+        )
+
+
+def _show_examined(found: dict[str, Any], terminal: Terminal) -> None:
+    findings, compiled = found["findings"], found["compiled"] or {}
+    if findings:
+        rows = [(row["node"], row["effect"], row["reason"], row["fix"]) for row in findings]
+        terminal.table(("node", "effect", "reason", "to mend it"), rows)
+    if layers := compiled.get("layers"):
+        kernels = [(row["name"], *(" ".join(row[key]) for key in ("inputs", "outputs", "nodes"))) for row in layers]
+        terminal.table(("kernel", "reads", "makes", "of the nodes"), kernels)
+    numbers = [f"{key} {value}" for key, value in compiled.items() if isinstance(value, int) and key != "sm"]
+    terminal.say(f"{len(findings)} findings; {found['evidence']}" + (f": {', '.join(numbers)}" if numbers else ""))

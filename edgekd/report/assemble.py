@@ -79,11 +79,11 @@ def _row(rung: Rung, record: Mapping[str, Any], artifacts: Artifacts) -> LadderR
         return LadderRow(rung=rung, reason=_why_not(rung, record["recipe"]))
     result = artifact.result
     if rung == "device":
-        found, size = result["accuracy"]["student"], artifacts["engine-student"].result["size_bytes"]
+        found, size = result["accuracy"]["student"], artifacts["engine-student"].result.get("size_bytes")
     elif rung == "quantized":
         found, size = result["accuracy"], result["size"]["bytes"]
     else:
-        found, size = result, result["size_bytes"]
+        found, size = result, result.get("size_bytes")
     if "top1" not in found:
         return LadderRow(rung=rung, reason="built on the device; see the row below", size_bytes=size)
     network = artifacts.get("scratch" if rung == "scratch" else "teacher" if rung == "teacher" else "student")

@@ -30,8 +30,9 @@ def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dic
     built = Engine(subject, out / ENGINE, job.backend.runner, job.backend.name)
     built.folder.mkdir()
     facts = job.backend.compile(model, built.folder, threads=job.target.threads)
-    result: dict[str, Any] = {"backend": job.backend.name, "facts": facts, "size_bytes": _size(built.folder)}
+    result: dict[str, Any] = {"backend": job.backend.name, "facts": facts}
     if job.backend.builds_on == "host":
+        result["size_bytes"] = _size(built.folder)
         job.on_progress(0.5, "measuring the engine")
         run = backends.load_runner(built).run
         logits = test_logits(job, run)

@@ -1,0 +1,156 @@
+"""What a release of TensorRT would not take of a model, found without TensorRT.
+
+The rules of Q/DQ graphs are those of `edgekd.quantize.rules`; here are those of every graph: operators and opset by
+release, shapes, and what the parser says no to by the node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+
+from edgekd.backends.tensorrt.releases import Release, release_of
+from edgekd.quantize.graph import STANDARD_DOMAINS, Graph, attributes
+from edgekd.quantize.rules import PAIR, Finding, check
+
+_POOLS = ("MaxPool", "AveragePool")
+# Which input says along what axes.
+_AXES = {
+    **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), 1),
+    "Squeeze": 1, "Unsqueeze": 1, "Slice": 3, "Pad": 3,
+}  # fmt: skip
+_MOST_FOUND = 3840  # by TopK
+_IN_PARTS = {
+    "LayerNormalization": "ReduceMean, Sub, Mul and Sqrt",
+    "GroupNormalization": "Reshape and InstanceNormalization",
+    "Gelu": "Erf, Mul and Add",
+    "Mish": "Softplus, Tanh and Mul",
+    "HardSwish": "HardSigmoid and Mul",
+}
+# The element types that a tensor inside the network may have; UINT8 only at its ends.
+_TYPES = {
+    onnx.TensorProto.UINT8: "UINT8", onnx.TensorProto.INT16: "INT16", onnx.TensorProto.UINT16: "UINT16",
+    onnx.TensorProto.UINT32: "UINT32", onnx.TensorProto.UINT64: "UINT64", onnx.TensorProto.STRING: "STRING",
+    onnx.TensorProto.COMPLEX64: "COMPLEX64", onnx.TensorProto.COMPLEX128: "COMPLEX128",
+}  # fmt: skip
+
+
+def lint(model: onnx.ModelProto, version: str) -> list[Finding]:
+    """All findings for TensorRT `version` ("8.5", "10.3.0"), those of the whole model first, then by node."""
+    release, graph = release_of(version), Graph(model)
+    found = [*_opset(model, release, version), *_inputs(graph)]
+    for node in model.graph.node:
+        found += _operator(node, model, release, version)
+        found += _tensor_types(node)
+        for rule in _BY_OPERATOR.get(node.op_type, ()):
+            found += rule(node, graph)
+    return found + check(model)
+
+
+def _found(node: onnx.NodeProto, rule: str, reason: str, fix: str) -> Finding:
+    return Finding(node.name or node.output[0], rule, "rejected", reason, fix)
+
+
+def _opset(model: onnx.ModelProto, release: Release, version: str) -> Iterator[Finding]:
+    opset = opset_of(model)
+    if opset > release.opset:
+        reason = f"the model is of opset {opset}; TensorRT {version} reads up to {release.opset}"
+        yield Finding("model", "opset", "rejected", reason, f"export with opset {release.opset} or lower")
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of the standard operators."""
+    return next((entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), 1)
+
+
+def _inputs(graph: Graph) -> Iterator[Finding]:
+    for value in graph.model.graph.input:
+        shape = value.type.tensor_type.shape.dim
+        open_axes = [axis for axis, dimension in enumerate(shape) if not dimension.dim_value]
+        if value.name not in graph.constants and any(axis > 0 for axis in open_axes):
+            axes = ", ".join(map(str, open_axes))
+            reason = f"its sizes along the axes {axes} are open, and no profile says between what"
+            yield Finding(value.name, "dynamic shape", "rejected", reason, "leave the batch size open at most")
+
+
+def _operator(node: onnx.NodeProto, model: onnx.ModelProto, release: Release, version: str) -> Iterator[Finding]:
+    if node.domain not in STANDARD_DOMAINS:
+        if (node.domain, node.op_type) not in {(one.domain, one.name) for one in model.functions}:
+            reason = f"{node.op_type} is of the domain {node.domain}, for which there is no plugin"
+            yield _found(node, "domain", reason, "export with the standard operators only")
+        return
+    if node.op_type in release.operators or _is_integer_operator(node):
+        return
+    if (first := release.since.get(node.op_type)) is None:
+        yield _found(node, "operator", f"TensorRT has no {node.op_type}", "replace it in the network's forward")
+        return
+    parts = _IN_PARTS.get(node.op_type, "simpler operators")
+    reason = f"{node.op_type} is taken from TensorRT {first} on, not by {version}"
+    yield _found(node, "operator", reason, f"write it as {parts}")
+
+
+def _is_integer_operator(node: onnx.NodeProto) -> bool:
+    """Whether the rules of Q/DQ graphs have a word of their own for it."""
+    return "Integer" in node.op_type or node.op_type.startswith(("QLinear", "Dynamic"))
+
+
+def _tensor_types(node: onnx.NodeProto) -> Iterator[Finding]:
+    to = attributes(node).get("to") if node.op_type == "Cast" else None
+    if to in _TYPES:
+        reason = f"it makes {_TYPES[to]}, which no tensor inside the network may be"
+        yield _found(node, "type", reason, "cast to INT32, or to FLOAT")
+
+
+def _pool(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
+    given = attributes(node)
+    if node.op_type == "MaxPool" and len(node.output) > 1 and node.output[1]:
+        yield _found(node, "pool", "its output Indices is not made", "pool without indices")
+    if any(step != 1 for step in given.get("dilations", ())):
+        yield _found(node, "pool", f"its dilations are {list(given['dilations'])}", "pool with dilation 1")
+
+
+def _resize(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
+    mode = attributes(node).get("mode", b"nearest").decode()
+    if mode not in ("nearest", "linear"):
+        yield _found(node, "resize", f"its mode is {mode}", "resize by nearest or linear")
+
+
+def _topk(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
+    k = graph.constants.get(node.input[1])
+    if k is None:
+        yield _found(node, "topk", "its k is not constant", "fix k in the network's forward")
+    elif int(np.max(k)) >= _MOST_FOUND:
+        yield _found(node, "topk", f"its k is {int(np.max(k))}", f"ask for fewer than {_MOST_FOUND}")
+
+
+def _scatter(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
+    reduction = attributes(node).get("reduction", b"none").decode()
+    if reduction != "none":
+        yield _found(node, "scatter", f"its reduction is {reduction}", "scatter without reduction")
+
+
+def _axes(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
+    axes = (*node.input, "", "", "")[_AXES[node.op_type]]
+    if axes and axes not in graph.constants:
+        yield _found(node, "axes", "its axes are not constant", "fix them in the network's forward")
+
+
+def _pair_type(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
+    """16 bits are refused where the zero point, which names the type, is read."""
+    names = (node.input[0], *node.input[2:3]) if node.op_type == "DequantizeLinear" else node.input[2:3]
+    kinds: set[Any] = {graph.constants[name].dtype.name for name in names if name in graph.constants}
+    for kind in sorted(kinds & {"int16", "uint16"}):
+        yield _found(node, "type", f"its codes are {kind.upper()}", "quantize to 8 bits")
+
+
+_BY_OPERATOR: dict[str, tuple[Callable[[onnx.NodeProto, Graph], Iterator[Finding]], ...]] = {
+    **dict.fromkeys(_POOLS, (_pool,)),
+    **dict.fromkeys(_AXES, (_axes,)),
+    **dict.fromkeys(PAIR, (_pair_type,)),
+    "Resize": (_resize,),
+    "TopK": (_topk,),
+    "ScatterND": (_scatter,),
+}
