@@ -94,6 +94,7 @@ def prepare(board: Path, model: Path, seconds: float) -> None:
         "max_seconds": 10 * seconds,
         "min_queries": 64,
         "block_seconds": 0.05,
+        "lock_clocks": False,
         "seed": 0,
     }
     (board / "spec.json").write_text(json.dumps(spec))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shlex
+import signal
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +17,10 @@ import numpy.typing as npt
 
 from edgekd import stats
 from edgekd.backends import Engine
-from edgekd.device import AGENT, JSON_LIMIT_BYTES, Device, Job, last_lines, parsed
-from edgekd.errors import RecipeError, StageError
+from edgekd.device import AGENT, JSON_LIMIT_BYTES, Device, Finished, Job, last_lines, parsed
+from edgekd.errors import ConnectionLost, RecipeError, StageError
 
+_log = logging.getLogger(__name__)
 Progress = Callable[[float, float, str], None]  # share done, seconds left, stage
 
 MIN_LAUNCHES = 6  # fewer give no 95 % interval: see stats.median_interval
@@ -24,6 +29,7 @@ MIN_QUERIES = 64  # MLPerf: below this no p90 holds with 99 % confidence
 MAX_STRETCH = 6  # a slow engine may take this many times the seconds asked for to reach MIN_QUERIES
 SETUP_TIMEOUT_S = 300.0  # to load the runtime and the engines of one launch on a slow board
 MAX_NPY_BYTES = 1 << 30
+ATTEMPTS = 5  # to go on after an interruption
 
 # A result is VALID when the machine was so quiet and steady that it would repeat. Each limit with its reason:
 MAX_FOREIGN_CPU = 0.10  # share of all cores that others used; above it they compete for cores, cache and clock
@@ -32,6 +38,13 @@ MAX_UNSETTLED = 0.25  # share of launches whose warm-up did not settle; a single
 MAX_BLOCK_CV = 0.05  # spread of the blocks' medians; trtexec warns above 2.5 %, on boards with locked clocks
 MAX_TREND = 0.05  # from the first third to the last: heat or clocks moved the whole result
 MAX_CLOCK_CHANGE = 0.05  # of the fastest core's clock, 5th to 95th percentile over the run
+# The flags of a Raspberry Pi's firmware that tell of the present.
+THROTTLED = {
+    1: "the supply voltage was too low: use the board's own power supply",
+    2: "the firmware capped the clock",
+    4: "the firmware throttled the board",
+    8: "the temperature reached its soft limit: cool the board",
+}
 
 
 def benchmark(
@@ -45,13 +58,15 @@ def benchmark(
     seconds: float = 10.0,
     launches: int = 9,
     mode: Literal["single_stream"] = "single_stream",
+    lock_clocks: bool = False,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure `student` against `teacher` on `device`; leave raw latencies and logits in `workdir`.
 
     samples: float32 [N, C, H, W] as the networks take them; labels: int64 [N]; seconds: timed, both engines together,
-    in all launches; launches: 9 are the fewest whose interval survives one odd launch at either end.
+    in all launches; launches: 9 are the fewest whose interval survives one odd launch at either end; lock_clocks: hold
+    the device's clocks at their highest meanwhile, which needs root there.
 
     Raises RecipeError for fewer than 6 launches, StageError when an engine cannot be run there. A measurement that does
     not hold is no error: its `status` is INVALID, with `reasons`.
@@ -72,16 +87,17 @@ def benchmark(
         "max_seconds": MAX_STRETCH * seconds,
         "min_queries": MIN_QUERIES,
         "block_seconds": BLOCK_S,
+        "lock_clocks": lock_clocks,
         "seed": seed,
     }
     # Loading must not take forever, nor a query more than a second: it is there for a device that hangs.
     timeout = launches * SETUP_TIMEOUT_S + 2 * MAX_STRETCH * seconds + len(samples)
-    with device.job() as job:
-        _deploy(job, engines, samples, settings, workdir)
+    bundle = _bundle(engines, samples, settings, workdir)
+    # Named by what is measured: a benchmark that a killed host left on the device is gone on with.
+    with device.job(_sha256(workdir / "spec.json")[:16]) as job:
+        job.put(bundle)
         argv = [job.python, "-m", "agent", "bench", "spec.json", "--lifeline"]
-        finished = job.run(argv, timeout=timeout, on_stderr_line=_progress_line(on_progress))
-        if finished.status:
-            raise _failure(finished.stderr_tail, device.url)
+        _measure(job, argv, timeout, on_progress)
         measured = _fetch(job, engines, workdir)
     tables = {name: table_from_latencies(workdir / f"{name}_latency.npy", name) for name in engines}
     if [len(_rounds(table)) for table in tables.values()] != [len(_rounds(tables["student"]))] * len(tables):
@@ -118,6 +134,8 @@ def summarize(
         "speedup_by_launch": launches.tolist(),
         "telemetry": _telemetry(measured["telemetry"], measured["device"]["cores"]),
         "device": measured["device"],
+        "energy": {name: _energy(launches) for name, launches in measured["models"].items()},
+        "interruptions": measured["interruptions"],
         "engines": {name: launches[0]["facts"] for name, launches in measured["models"].items()},
     }
 
@@ -161,6 +179,8 @@ def invalid_because(measured: Mapping[str, Any], tables: Mapping[str, npt.NDArra
             )
         if abs(drift := stats.trend(medians)) > MAX_TREND:
             reasons.append(f"unstable: the {name}'s latency drifted by {drift:+.1%}, at most {MAX_TREND:.0%} allowed")
+    if measured["device"]["emulated"]:
+        reasons.append(f"emulated: {measured['device']['machine']} is emulated there, its times are not a board's")
     return reasons + _disturbances(measured["telemetry"], measured["device"]["cores"])
 
 
@@ -179,6 +199,16 @@ def _disturbances(telemetry: list[dict[str, Any]], cores: int) -> list[str]:
         low, high = np.quantile(clocks, [0.05, 0.95])
         if high / low - 1 > MAX_CLOCK_CHANGE:
             reasons.append(f"clocks changed: from {low / 1e6:.0f} to {high / 1e6:.0f} MHz during the run")
+    return reasons + _throttling(telemetry)
+
+
+def _throttling(telemetry: list[dict[str, Any]]) -> list[str]:
+    """What the device itself says of power and heat."""
+    flags = {row["throttled"] or 0 for row in telemetry}
+    reasons = [f"throttled: {what}" for bit, what in THROTTLED.items() if any(flag & bit for flag in flags)]
+    counts = [row["throttle_count"] for row in telemetry]
+    if counts and max(counts) > min(counts):
+        reasons.append(f"throttled: the processor slowed down {max(counts) - min(counts)} times because it was too hot")
     return reasons
 
 
@@ -193,6 +223,9 @@ def _telemetry(rows: list[dict[str, Any]], cores: int) -> dict[str, Any]:
     }
     series["clock_hz"] = [max(row["clock_hz"], default=None) for row in rows]
     series["load_average"] = [row["load_average"] for row in rows]
+    for rail in sorted({rail for row in rows for rail in row["power_mw"]}):
+        series[f"{rail}_mw"] = [row["power_mw"].get(rail) for row in rows]
+    series["throttled_flags"] = [row["throttled"] for row in rows]
     for name in ("foreign_cpu", "steal"):
         series[f"{name}_share"] = [
             None if row.get(f"{name}_s") is None else max(0.0, row[f"{name}_s"] / (row["seconds"] * cores))
@@ -224,6 +257,18 @@ def _latency(table: npt.NDArray[np.int64], launches: list[dict[str, Any]], name:
     }
 
 
+def _energy(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Energy of one inference by rail, while it was timed: the median of the launches."""
+    by_rail: dict[tuple[str, str], list[float]] = {}
+    for launch in launches:
+        for row in launch["energy"]:
+            by_rail.setdefault((row["rail"], row["sensor"]), []).append(row["mj"] / row["queries"])
+    return [
+        {"rail": rail, "sensor": sensor, "per_inference_mj": float(np.median(values)), "launches": len(values)}
+        for (rail, sensor), values in by_rail.items()
+    ]
+
+
 def _accuracy(correct: npt.NDArray[np.bool_], name: str) -> dict[str, Any]:
     return {
         "top1": float(correct.mean()),
@@ -236,13 +281,10 @@ def _accuracy(correct: npt.NDArray[np.bool_], name: str) -> dict[str, Any]:
 # ---------------------------------------------------------------- to the device and back
 
 
-def _deploy(
-    job: Job,
-    engines: Mapping[str, Engine],
-    samples: npt.NDArray[np.float32],
-    settings: Mapping[str, Any],
-    workdir: Path,
-) -> None:
+def _bundle(
+    engines: Mapping[str, Engine], samples: npt.NDArray[np.float32], settings: Mapping[str, Any], workdir: Path
+) -> dict[str, Path]:
+    """All that the device gets, by its name there. The spec among it holds the sha256 of all the rest."""
     np.save(workdir / "samples.npy", np.ascontiguousarray(samples, np.float32))
     sent = {"agent": AGENT, "samples.npy": workdir / "samples.npy"}
     for name, engine in engines.items():
@@ -250,8 +292,36 @@ def _deploy(
     models = [{"name": name, "folder": name, "runner": f"{name}_runner.py"} for name in engines]
     spec = dict(settings, models=models, samples="samples.npy", files=_sha256_by_name(sent))
     (workdir / "spec.json").write_text(json.dumps(spec, indent=2), encoding="utf-8")
-    for name, path in (sent | {"spec.json": workdir / "spec.json"}).items():
-        job.put(path, name)
+    # Empty, in the place of one that an earlier run may have left there.
+    (workdir / "result.json").write_bytes(b"")
+    return sent | {"spec.json": workdir / "spec.json", "result.json": workdir / "result.json"}
+
+
+def _measure(job: Job, argv: list[str], timeout: float, on_progress: Progress | None) -> None:
+    """Run the agent to its end. After a lost connection, a restart of the device or the agent's death it goes on with
+    the launch that was interrupted."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            finished = job.run(argv, timeout=timeout, on_stderr_line=_progress_line(on_progress))
+        except ConnectionLost as error:
+            if attempt == ATTEMPTS:
+                raise
+            if _is_over(job):
+                return
+            _log.warning("%s; the benchmark goes on when it is back", error.what)
+            continue
+        if finished.status >= 0:
+            break
+        _log.warning("%s: the agent was killed; the benchmark goes on", job.device.url)
+    if finished.status:
+        raise _failure(finished, job.device.url)
+
+
+def _is_over(job: Job) -> bool:
+    """Whether the agent came to its end before the connection did."""
+    with tempfile.TemporaryDirectory() as folder:
+        job.get("result.json", Path(folder, "result.json"), limit_bytes=JSON_LIMIT_BYTES)
+        return Path(folder, "result.json").stat().st_size > 0
 
 
 def _sha256_by_name(sent: Mapping[str, Path]) -> dict[str, str]:
@@ -260,10 +330,14 @@ def _sha256_by_name(sent: Mapping[str, Path]) -> dict[str, str]:
     for name, path in sent.items():
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
             if file.is_file() and "__pycache__" not in file.parts:
-                with file.open("rb") as stream:
-                    target = name if file == path else f"{name}/{file.relative_to(path).as_posix()}"
-                    digests[target] = hashlib.file_digest(stream, "sha256").hexdigest()
+                target = name if file == path else f"{name}/{file.relative_to(path).as_posix()}"
+                digests[target] = _sha256(file)
     return digests
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _fetch(job: Job, engines: Mapping[str, Engine], workdir: Path) -> dict[str, Any]:
@@ -293,13 +367,19 @@ def _said(line: str, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _failure(stderr: tuple[str, ...], url: str) -> StageError:
-    lines = [line for line in stderr if not _said(line, "progress")]
-    what = "the agent ended without a result"
-    if lines and (last := _said(lines[-1], "error")):
+def _failure(finished: Finished, url: str) -> StageError:
+    lines = [line for line in finished.stderr_tail if not _said(line, "progress")]
+    what, fix = "the agent ended without a result", "see whether the engine runs there by itself"
+    if finished.status < 0:
+        what = f"the agent was killed {ATTEMPTS} times (signal {signal.Signals(-finished.status).name})"
+        fix = "see whether the memory there is enough: sudo dmesg | tail"
+    elif lines and (last := _said(lines[-1], "error")):
         what = str(last["error"])
         lines.pop()
-    fix = "send it again" if "sha256" in what else "see whether the engine runs there by itself"
+    if "numpy is not installed" in what:
+        fix = shlex.join(["edgekd", "doctor", "--device", url, "--install"])
+    elif "sha256" in what:
+        fix = "send it again: edgekd bench"
     return StageError(f'benchmark on "{url}": {what}', allowed=last_lines(lines) if lines else "", fix=fix)
 
 

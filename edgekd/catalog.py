@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import __version__, recipe, registry, target
-from edgekd.device import Device
+from edgekd.device import Device, bootstrap
 from edgekd.errors import EdgekdError, shown
 from edgekd.yamlfile import mapping_from_yaml
 
@@ -35,14 +35,14 @@ def rows(kind: str) -> list[dict[str, Any]]:
 
 
 def options_text(row: dict[str, Any]) -> str:
-    """The options of a row of `rows` with their defaults: `k=8 continuous=false path=REQUIRED`."""
+    """The options of a row of `rows` with their defaults: `k=8 path=REQUIRED temperature=4.0|schedule`."""
     texts = []
     for name, option in row["options"].items():
         default = option["default"]
         value = (
             "REQUIRED" if option["required"] else default if isinstance(default, str) and default else shown(default)
         )
-        texts.append(f"{name}={value}")
+        texts.append(f"{name}={value}" + ("|schedule" if "schedule" in option["type"] else ""))
     return " ".join(texts)
 
 
@@ -58,8 +58,11 @@ def _registered(entry: registry.Entry) -> dict[str, Any]:
     return {"name": entry.name, "summary": entry.doc, "options": options}
 
 
-def health(device: str, store: Path) -> list[dict[str, str]]:
-    """Rows of what was looked at, what was found, and the command that mends it (empty when all is well)."""
+def health(device: str, store: Path, *, install: bool = False) -> list[dict[str, str]]:
+    """Rows of what was looked at, what was found, and the command that mends it (empty when all is well).
+
+    install: first install on the device what runs engines there.
+    """
     found = [_row("edgekd", f"{__version__}, Python {sys.version.split()[0]}")]
     for requirement in importlib.metadata.requires("edgekd") or ():
         name, _, marker = requirement.partition(";")
@@ -75,9 +78,10 @@ def health(device: str, store: Path) -> list[dict[str, str]]:
         found.append(_row(f"backend {entry.name}", reason.partition(":")[0] or "ready", reason.partition(": ")[2]))
     found.append(_disk(store))
     with tempfile.TemporaryDirectory() as folder:
-        facts = Device(device, Path(folder)).facts()
-    found += [_row(f"{device} {key}", _short(value)) for key, value in facts.items() if value not in (None, "", [], {})]
-    return found
+        if install:
+            bootstrap.install(Device(device, Path(folder)))
+        there = bootstrap.findings(Device(device, Path(folder)).facts(), device)
+    return found + [_row(f"{device} {one.what}", one.found, one.fix) for one in there]
 
 
 def _disk(store: Path) -> dict[str, str]:
@@ -97,8 +101,3 @@ def _installed(package: str) -> str:
 
 def _row(what: str, found: str, fix: str = "") -> dict[str, str]:
     return {"what": what, "found": found, "fix": fix}
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 100 else text[:97] + "..."

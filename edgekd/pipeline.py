@@ -158,7 +158,7 @@ TABLE: tuple[Stage, ...] = (
     Stage("bench", stages.bench, _bench, ("engine-student", "engine-teacher"), measures=True),
 )
 # The last stage that each command of the command line needs; it runs that one and all above it.
-LAST = {"distill": "student", "export": "onnx-teacher", "quantize": "quantize", "compile": "engine-student",
+LAST = {"distill": "student", "export": "onnx-student", "quantize": "quantize", "compile": "engine-student",
         "bench": "bench", "run": "bench"}  # fmt: skip
 
 Action = Literal["reuse", "run", "unknown"]

@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+import board_files
 import numpy as np
 import pytest
 
-from edgekd.agent.sensors import Sensors, number, read
 from edgekd.backends import write_settings
 from edgekd.backends.null import Null
 from edgekd.device import AGENT
@@ -71,13 +71,14 @@ def write_spec(board, **changes):
         "max_seconds": 20.0,
         "min_queries": 1,
         "block_seconds": 0.02,
+        "lock_clocks": False,
         "seed": 0,
     }
     (board / "spec.json").write_text(json.dumps(spec | changes))
 
 
-def bench(board):
-    argv = [sys.executable, "-m", "agent", "bench", "spec.json"]
+def bench(board, *options):
+    argv = [sys.executable, "-m", "agent", "bench", "spec.json", *options]
     return subprocess.run(argv, cwd=board, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -127,7 +128,16 @@ def test_a_benchmark_leaves_latencies_logits_and_a_result(done):
             assert 0 < launch["rss_before_load_bytes"] <= launch["peak_rss_bytes"]
     for row in result["telemetry"]:
         assert {"launch", "time_s", "seconds", "own_cpu_s", "foreign_cpu_s", "steal_s", "temperature_c"} <= set(row)
-    assert not list(board.glob("*_latency_*.npy"))
+
+
+def test_what_is_over_is_measured_anew(board):
+    write_spec(board, min_seconds=0.0)
+    results = []
+    for _ in range(2):
+        assert bench(board).returncode == 0
+        results.append((board / "result.json").read_text())
+        assert not list(board.glob("launch_*.json"))
+    assert results[0] != results[1]
 
 
 def test_models_take_turns_so_that_a_linear_drift_cancels(done):
@@ -217,6 +227,26 @@ def test_an_engine_gets_the_threads_that_it_was_compiled_for(board):
     assert finished.returncode == 0, finished.stderr
 
 
+def test_clocks_are_locked_and_power_is_metered_while_it_measures(board, tmp_path_factory):
+    root = board_files.write(tmp_path_factory.mktemp("kernel"), board_files.JETSON_ORIN_NANO)
+    governor = root / f"{board_files.CPUFREQ}policy0/scaling_governor"
+    check = f"with open({str(governor)!r}) as file:\n    assert file.read() == 'performance'\n"
+    source = Null.runner.read_text().replace("class Runner", check + "\n\nclass Runner")
+    (board / "student_runner.py").write_text(source)
+    write_spec(board, lock_clocks=True, min_seconds=0.5)
+    finished = bench(board, "--root", root)
+    assert finished.returncode == 0, finished.stderr
+    assert governor.read_text() == "schedutil"
+    result = json.loads((board / "result.json").read_text())
+    assert result["device"]["power_mode"] == "MAXN_SUPER"
+    for name in NAMES:
+        (launch,) = result["models"][name]
+        module = next(row for row in launch["energy"] if row["rail"] == "VDD_IN")
+        assert module["mj"] == pytest.approx(4968 * 1.520 * module["seconds"])
+        assert module["queries"] == len(np.load(board / f"{name}_latency.npy"))
+    assert result["telemetry"][-1]["power_mw"]["VDD_IN"] == pytest.approx(4968 * 1.520)
+
+
 @pytest.mark.parametrize("victim", ["holder", "agent"])
 def test_nothing_stays_behind_when_one_is_killed(board, victim):
     write_spec(board, min_seconds=100, max_seconds=200)
@@ -261,81 +291,3 @@ def wait_until(condition, seconds=10):
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
     return condition()
-
-
-# ---------------------------------------------------------------- sensors
-
-
-@pytest.fixture
-def raspberry_pi(tmp_path):
-    """The files of a Raspberry Pi 4, as far as they are read."""
-    files = {
-        "sys/firmware/devicetree/base/model": "Raspberry Pi 4 Model B Rev 1.4\0",
-        "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
-        "sys/class/thermal/thermal_zone0/temp": "48312\n",
-        "sys/devices/system/cpu/cpufreq/policy0/scaling_governor": "ondemand\n",
-        "sys/devices/system/cpu/cpufreq/policy0/cpuinfo_max_freq": "1800000\n",
-        "sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq": "1500000\n",
-        "proc/cpuinfo": "processor : 0\nCPU part : 0xd08\nFeatures : fp asimd\n",
-        "proc/meminfo": "MemTotal:        3884364 kB\nMemFree: 1 kB\n",
-        "proc/loadavg": "0.25 0.20 0.10 1/200 1234\n",
-        "proc/stat": "cpu  1000 100 500 9000 50 20 30 40 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n",
-        "proc/42/stat": "42 (a (b) c) S 1 42 42 0 -1 4194560 1 0 0 0 250 50 0 0 20 0 1 0 1 1 1\n",
-        "etc/os-release": 'NAME="Debian"\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n',
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    return Sensors(str(tmp_path)), tmp_path
-
-
-def test_facts_of_a_raspberry_pi(raspberry_pi):
-    facts = raspberry_pi[0].facts()
-    assert facts["model"] == "Raspberry Pi 4 Model B Rev 1.4"
-    assert facts["cpu"] == "0xd08"
-    assert facts["governors"] == ["ondemand"]
-    assert facts["max_clock_hz"] == 1_800_000_000
-    assert facts["memory_bytes"] == 3884364 * 1024
-    assert facts["os"] == "Debian GNU/Linux 12 (bookworm)"
-    assert facts["virtual"] is False
-
-
-def test_readings_of_a_raspberry_pi(raspberry_pi):
-    sensors, _ = raspberry_pi
-    ticks = os.sysconf("SC_CLK_TCK")
-    assert sensors.sample() == {
-        "load_average": 0.25,
-        "clock_hz": [1_500_000_000],
-        "temperature_c": {"cpu-thermal": 48.312},
-    }
-    assert sensors.cpu_seconds() == (1650 / ticks, 40 / ticks)
-    assert sensors.process_cpu_seconds(42) == 300 / ticks
-    assert sensors.process_cpu_seconds(43) == 0
-
-
-def test_a_zone_that_is_switched_off_is_left_out(raspberry_pi):
-    _, root = raspberry_pi
-    zone = root / "sys/class/thermal/thermal_zone1"
-    zone.mkdir()
-    (zone / "type").write_text("cv0-thermal\n")
-    # Reading it fails with EAGAIN, as on a Jetson Orin Nano: a pipe that is open and empty does the same.
-    os.mkfifo(zone / "temp")
-    held = os.open(zone / "temp", os.O_RDWR)
-    try:
-        assert read(str(zone / "temp")) == ""
-        assert Sensors(str(root)).temperatures() == {"cpu-thermal": 48.312}
-    finally:
-        os.close(held)
-
-
-def test_a_machine_that_tells_nothing_is_not_an_error(tmp_path):
-    sensors = Sensors(str(tmp_path))
-    assert sensors.sample() == {"load_average": None, "clock_hz": [], "temperature_c": {}}
-    assert sensors.cpu_seconds() is None
-    facts = sensors.facts()
-    assert (facts["model"], facts["memory_bytes"], facts["max_clock_hz"], facts["governors"]) == ("", None, None, [])
-
-
-@pytest.mark.parametrize(("text", "value"), [("42", 42), ("", None), ("<unsupported>", None), ("-256000", -256000)])
-def test_number(text, value):
-    assert number(text) == value

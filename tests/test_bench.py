@@ -38,17 +38,19 @@ def measured(**row):
     """What the agent says of a quiet run on 4 cores, changed by `row` in the telemetry."""
     quiet = {
         "launch": 0, "seconds": 0.5, "own_cpu_s": 0.5, "foreign_cpu_s": 0.02, "steal_s": 0.0,
-        "load_average": 0.3, "clock_hz": [1_500_000_000] * 4, "temperature_c": {"cpu": 50.0},
+        "load_average": 0.3, "clock_hz": [1_500_000_000] * 4, "temperature_c": {"cpu": 50.0}, "power_mw": {},
+        "throttled": None, "throttle_count": 0,
     }  # fmt: skip
     launch = {
         "facts": {"runtime": "null"}, "import_ms": 1.0, "load_ms": 2.0, "rss_before_load_bytes": 1,
-        "peak_rss_bytes": 2, "warmup_n": 10, "warmup_stable": True, "median_ns": 1,
+        "peak_rss_bytes": 2, "warmup_n": 10, "warmup_stable": True, "median_ns": 1, "energy": [],
     }  # fmt: skip
     return {
         "version": 1,
         "models": {name: [dict(launch) for _ in range(LAUNCHES)] for name in ("student", "teacher")},
         "telemetry": [quiet | row | {"time_s": 0.5 * i} for i in range(20)],
-        "device": {"cores": 4},
+        "device": {"cores": 4, "machine": "aarch64", "emulated": False},
+        "interruptions": 0,
     }
 
 
@@ -145,6 +147,55 @@ def test_changed_clocks_make_it_invalid():
     assert invalid_because(throttled, tables()) == ["clocks changed: from 600 to 1500 MHz during the run"]
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"throttled": 0x1}, "throttled: the supply voltage was too low: use the board's own power supply"),
+        ({"throttled": 0x2}, "throttled: the firmware capped the clock"),
+        ({"throttled": 0x4}, "throttled: the firmware throttled the board"),
+        ({"throttled": 0x8}, "throttled: the temperature reached its soft limit: cool the board"),
+    ],
+)
+def test_a_throttled_board_makes_it_invalid(row, reason):
+    once = measured()
+    once["telemetry"][7].update(row)
+    assert invalid_because(once, tables()) == [reason]
+
+
+def test_what_happened_before_the_run_does_not():
+    assert invalid_because(measured(throttled=0x50000, throttle_count=7), tables()) == []
+
+
+def test_a_processor_that_counts_its_slowdowns_makes_it_invalid():
+    hot = measured()
+    for row in hot["telemetry"][10:]:
+        row["throttle_count"] = 12
+    assert invalid_because(hot, tables()) == [
+        "throttled: the processor slowed down 12 times because it was too hot",
+    ]
+
+
+def test_an_emulated_board_makes_it_invalid():
+    emulated = measured()
+    emulated["device"]["emulated"] = True
+    assert invalid_because(emulated, tables()) == [
+        "emulated: aarch64 is emulated there, its times are not a board's",
+    ]
+
+
+def test_energy_is_that_of_one_inference_by_rail():
+    rows = measured(power_mw={"VDD_IN": 5000.0})
+    for number, launch in enumerate(rows["models"]["student"]):
+        energy = {"rail": "VDD_IN", "sensor": "ina3221", "mj": 100.0 + number, "queries": 50, "seconds": 1.0}
+        launch["energy"] = [energy]
+    result = summarize(rows, tables(), CORRECT)
+    assert result["energy"]["student"] == [
+        {"rail": "VDD_IN", "sensor": "ina3221", "per_inference_mj": pytest.approx(104 / 50), "launches": LAUNCHES}
+    ]
+    assert result["energy"]["teacher"] == []
+    assert result["telemetry"]["series"]["VDD_IN_mw"] == [5000.0] * 20
+
+
 def test_an_idle_core_that_slows_down_is_no_changed_clock():
     idle = measured()
     for row in idle["telemetry"][::2]:
@@ -230,7 +281,7 @@ def test_two_engines_are_deployed_timed_and_scored(run, tmp_path):
     for name in ("student", "teacher"):
         assert np.load(tmp_path / "work" / result["accuracy"][name]["logits_file"]).shape == (12, 3)
         assert len(np.load(tmp_path / "work" / result["latency"][name]["samples_file"])) == result["latency"][name]["n"]
-    assert list((tmp_path / "jobs").iterdir()) == []
+    assert list((tmp_path / "jobs/jobs").iterdir()) == []
 
 
 def test_too_few_launches_are_refused(run):

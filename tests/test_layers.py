@@ -26,6 +26,7 @@ STAND_ALONE = (
     "backends.null.runner",
     "backends.onnxruntime.runner",
     "backends.tensorrt.runner",
+    "backends.tvm.runner",
     "backends.tensorrt.on_device",
 )
 # Where heavy packages may be imported; a name with a dot is one module, others are packages with all in them.
@@ -36,6 +37,7 @@ HEAVY = {
         "quantize.buckets", "quantize.quantized_distillation", "stages",
     ),
     "torchao": ("quantize.pt2e",),
+    "tvm": ("backends.tvm",),
     "accelerate": ("teacher_logits", "distill", "stages", "pipeline"),
     "onnx": ("activations", "export", "quantize", "backends", "stages"),
     "onnxruntime": ("backends.onnxruntime", "quantize.sessions"),
@@ -109,7 +111,7 @@ def test_every_layer_is_there():
 @pytest.mark.parametrize("module", [name for name in MODULES if within(name, STAND_ALONE)])
 def test_what_is_copied_to_the_device_stands_alone(module):
     allowed = {"numpy", "agent", "on_device", *sys.stdlib_module_names} | (
-        {"onnxruntime"} if "onnxruntime" in module else set()
+        {"onnxruntime"} if "onnxruntime" in module else {"tvm_ffi"} if "tvm" in module else set()
     )
     assert {name.partition(".")[0] for name in imports(MODULES[module])} <= allowed
 

@@ -8,7 +8,11 @@ Python 3.8 or newer, the standard library and numpy; each runtime is imported by
 Every model runs in a process of its own, so that load time and memory are its own and a crash names it. All are warmed
 up, then take turns in short blocks, so that heat, clocks and other load meet them alike. This is done in several
 launches with fresh processes, since where the loader puts code and data moves a process's speed by more than its own
-measurements spread. Sensors are read between rounds of blocks only. Progress goes to standard error as JSON lines.
+measurements spread. Sensors are read between rounds of blocks only, but for monitors of power, which a thread of the
+waiting conductor reads 20 times a second. Progress goes to standard error as JSON lines.
+
+A launch is on disk as soon as it is over: started again in the same folder with the same spec, an interrupted benchmark
+goes on behind its last launch.
 
 With `--lifeline` the agent and all that it started end when its standard input closes: so whoever holds the other end,
 on this machine or across a network, takes everything along when it goes.

@@ -9,8 +9,9 @@ import signal
 import sys
 import threading
 
+from .clocks import restore
 from .conductor import Bench
-from .sensors import facts
+from .machine import facts
 from .worker import AgentError, work
 
 
@@ -33,16 +34,22 @@ def main() -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(description="Times inference engines on this machine.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("facts", help="print what machine this is, as JSON")
+    looking = commands.add_parser("facts", help="print what machine this is, as JSON")
     timing = commands.add_parser("bench", help="time the models of a spec; run it in the spec's folder")
     timing.add_argument("spec")
     timing.add_argument("--lifeline", action="store_true", help="end when standard input closes")
+    for command in (looking, timing):
+        command.add_argument("--root", default="/", help="where the kernel's files are looked for")
+    restoring = commands.add_parser("restore", help="put values back when standard input ends (used by bench)")
+    restoring.add_argument("before", type=json.loads)
     working = commands.add_parser("work", help="serve one model (used by bench)")
     working.add_argument("model", type=json.loads)
     working.add_argument("samples")
     arguments = parser.parse_args()
     if arguments.command == "facts":
-        print(json.dumps(facts(), indent=2))
+        print(json.dumps(facts(arguments.root), indent=2))
+    elif arguments.command == "restore":
+        restore(arguments.before)
     elif arguments.command == "work":
         work(arguments.model, arguments.samples)
     else:
@@ -50,12 +57,10 @@ def main() -> int:
             hold_lifeline()
         try:
             with open(arguments.spec) as file:
-                result = Bench(json.load(file)).run()
+                Bench(json.load(file), arguments.root).run()
         except AgentError as error:
             sys.stderr.write(json.dumps({"error": str(error)}) + "\n")
             return 1
-        with open("result.json", "w") as file:
-            json.dump(result, file)
     return 0
 
 

@@ -12,7 +12,11 @@ import time
 from typing import Any
 
 from . import VERSION
-from .sensors import Sensors, facts, read
+from .clocks import Locked
+from .launches import Launches
+from .machine import facts
+from .power import Meter, Rails
+from .sensors import Sensors, read
 from .worker import AgentError
 
 ACCURACY_CHUNK = 256  # samples between two progress lines
@@ -71,8 +75,9 @@ class Model:
 class Watch:
     """Keeps the telemetry: what the machine did between two looks, apart from what our own processes did."""
 
-    def __init__(self, began: float, launch: int, pids: list[int]) -> None:
-        self.began, self.launch, self.pids, self.sensors = began, launch, pids, Sensors()
+    def __init__(self, began: float, launch: int, pids: list[int], root: str) -> None:
+        self.began, self.launch, self.pids, self.sensors = began, launch, pids, Sensors(root)
+        self.meter = Meter(Rails(root))
         self.series = []  # type: list[dict[str, Any]]
         self._last = self._look()
 
@@ -85,6 +90,7 @@ class Watch:
         (before, own_before, cpu_before), (now, own, cpu) = self._last, self._look()
         self._last = now, own, cpu
         row = dict(self.sensors.sample(), launch=self.launch, time_s=now - self.began, seconds=now - before)
+        row["power_mw"] = self.meter.power_mw()
         if cpu is not None and cpu_before is not None:
             row["own_cpu_s"] = own - own_before
             row["foreign_cpu_s"] = cpu[0] - cpu_before[0] - (own - own_before)
@@ -95,25 +101,29 @@ class Watch:
 class Bench:
     """One benchmark: launches of timed rounds, then the accuracy pass."""
 
-    def __init__(self, spec: dict[str, Any]) -> None:
-        import numpy as np
-
+    def __init__(self, spec: dict[str, Any], root: str = "/") -> None:
+        try:
+            import numpy as np
+        except ImportError:
+            raise AgentError(f"numpy is not installed for {sys.executable}") from None
         if spec["version"] != VERSION or spec["mode"] != "single_stream":
             known = f"this agent knows version {VERSION}, mode single_stream"
             raise AgentError(f"spec of version {spec['version']}, mode {spec['mode']}: {known}")
-        self.spec = spec
+        self.spec, self.root = spec, root
         verify(spec["files"])
         self.count = len(np.load(spec["samples"], mmap_mode="r", allow_pickle=False))
-        self.reports = {model["name"]: [] for model in spec["models"]}  # type: dict[str, list[dict[str, Any]]]
         self.telemetry = []  # type: list[dict[str, Any]]
-        self.started = time.perf_counter()
+        self.launches = Launches(spec)
+        # An interrupted benchmark's clock goes on where it stopped.
+        self.started = time.perf_counter() - self.launches.seconds
         self.expected_s = spec["min_seconds"] + SETUP_GUESS_S * spec["launches"]
-        self.measured_s, self.shown = 0.0, 0.0
+        self.measured_s, self.shown = self.launches.measured_s, 0.0
 
-    def run(self) -> dict[str, Any]:
-        """Do it all; returns what goes into result.json."""
+    def run(self) -> None:
+        """Do it all; leaves result.json."""
         launches = self.spec["launches"]
-        for launch in range(launches):
+        clocks = Locked(self.root) if self.spec["lock_clocks"] else None
+        for launch in range(len(self.launches.done), launches):
             models = [Model(model, self.spec["samples"]) for model in self.spec["models"]]
             self.progress("load")
             for model in models:
@@ -125,13 +135,19 @@ class Bench:
             if launch == launches - 1:
                 self.classify(models)
             for model in models:
-                model.call("save", latency_file=f"{model.name}_latency_{launch}.npy")
+                model.call("save", latency_file=self.launches.latency_file(model.name, launch))
                 model.close()
-                self.reports[model.name].append(model.report)
-        self.join()
+            reports = {model.name: model.report for model in models}
+            self.launches.add(reports, self.telemetry, self.started, self.measured_s)
         self.expected_s = 0.0
         self.progress("done")
-        return {"version": VERSION, "models": self.reports, "telemetry": self.telemetry, "device": facts()}
+        result = dict(self.launches.join(), version=VERSION, device=facts(self.root))
+        if clocks:
+            clocks.close()
+        with open("result.part", "w") as file:
+            json.dump(result, file)
+        os.replace("result.part", "result.json")
+        self.launches.forget()
 
     def measure(self, models: list[Model], launch: int) -> None:
         """Time rounds in which every model runs one block, then every model again in reverse order (A B B A), so that
@@ -140,22 +156,28 @@ class Bench:
         queries = {
             model.name: max(1, round(spec["block_seconds"] * 1e9 / model.report["median_ns"])) for model in models
         }
-        watch = Watch(self.started, launch, [os.getpid()] + [model.process.pid for model in models])
+        pids = [os.getpid()] + [model.process.pid for model in models]
+        watch = Watch(self.started, launch, pids, self.root)
         started = time.perf_counter()
         elapsed, rounds, enough = 0.0, 0, False
         while elapsed * launches < spec["max_seconds"] and not (enough and elapsed * launches >= spec["min_seconds"]):
             for block, model in enumerate(models + models[::-1]):
                 seed = spec["seed"] + 1000 * launch + rounds
                 number = 2 * rounds + block // len(models)
+                watch.meter.begin(model.name)
                 model.call("block", launch=launch, block=number, queries=queries[model.name], seed=seed)
+                watch.meter.end(queries[model.name])
             watch.sample()
             rounds += 1
             enough = 2 * rounds * min(queries.values()) * launches >= spec["min_queries"]
             elapsed = time.perf_counter() - started
             self.expect(models, launch, elapsed)
             self.progress("measure")
+        watch.meter.close()
+        for model in models:
+            model.report["energy"] = watch.meter.of(model.name)
         self.measured_s += elapsed
-        self.telemetry += watch.series
+        self.telemetry = watch.series
 
     def expect(self, models: list[Model], launch: int, elapsed: float) -> None:
         """Update how long the whole will take, from what the launches took so far."""
@@ -174,18 +196,6 @@ class Bench:
                 model.send("classify", start=start, stop=min(self.count, start + ACCURACY_CHUNK))
             for model in models:
                 model.receive()
-
-    def join(self) -> None:
-        """One file of latencies per model instead of one per launch; their clock starts with the benchmark."""
-        import numpy as np
-
-        for name in self.reports:
-            parts = [f"{name}_latency_{launch}.npy" for launch in range(self.spec["launches"])]
-            table = np.concatenate([np.load(part, allow_pickle=False) for part in parts])
-            table[:, 2] -= int(self.started * 1e9)
-            np.save(f"{name}_latency.npy", table)
-            for part in parts:
-                os.remove(part)
 
     def progress(self, stage: str) -> None:
         """Tell whoever listens how far we are."""

@@ -1,13 +1,10 @@
-"""What machine this is and how it is doing: the kernel's own files, read so that nothing they do can hurt."""
+"""How this machine is doing: the kernel's own files, read so that nothing they do can hurt."""
 
 from __future__ import annotations
 
 import glob
 import os
-import platform
 from typing import Any
-
-from . import VERSION
 
 
 def read(path: str, limit: int = 1 << 16) -> str:
@@ -44,6 +41,9 @@ class Sensors:
         self._ticks_per_s = os.sysconf("SC_CLK_TCK")
         self._zones = sorted(glob.glob(self._path("sys/class/thermal/thermal_zone*")))
         self._clocks = sorted(glob.glob(self._path("sys/devices/system/cpu/cpufreq/policy*/scaling_cur_freq")))
+        # A Raspberry Pi's flags; an Intel processor counts.
+        self._flags = sorted(glob.glob(self._path("sys/devices/platform/soc*/*firmware/get_throttled")))[:1]
+        self._counts = sorted(glob.glob(self._path("sys/devices/system/cpu/cpu*/thermal_throttle/*_throttle_count")))
 
     def _path(self, name: str) -> str:
         return os.path.join(self.root, name)
@@ -68,7 +68,17 @@ class Sensors:
             "load_average": float(load[0]) if load else None,
             "clock_hz": [1000 * khz for khz in (number(read(path)) for path in self._clocks) if khz is not None],
             "temperature_c": self.temperatures(),
+            "throttled": self.throttled(),
+            "throttle_count": sum(filter(None, (number(read(path)) for path in self._counts))),
         }
+
+    def throttled(self) -> int | None:
+        """The flags of a Raspberry Pi's firmware. Now: 1 under-voltage, 2 capped, 4 throttled, 8 soft limit of the
+        temperature; 16 bits higher: since it was switched on."""
+        try:
+            return int(read(self._flags[0]), 16) if self._flags else None
+        except ValueError:
+            return None
 
     def temperatures(self) -> dict[str, float]:
         """Degrees by zone, of the zones that are switched on."""
@@ -78,43 +88,3 @@ class Sensors:
             if milli is not None:
                 found[read(os.path.join(zone, "type")) or os.path.basename(zone)] = milli / 1000
         return found
-
-    def facts(self) -> dict[str, Any]:
-        """The readings that do not change: what machine this is."""
-        cpu = dict(line.split(":", 1) for line in read(self._path("proc/cpuinfo")).split("\n") if ":" in line)
-        cpu = {key.strip(): value.strip() for key, value in cpu.items()}
-        release = dict(line.split("=", 1) for line in read(self._path("etc/os-release")).split("\n") if "=" in line)
-        memory = read(self._path("proc/meminfo")).split()
-        policies = sorted(glob.glob(self._path("sys/devices/system/cpu/cpufreq/policy*")))
-        governors = [read(os.path.join(policy, "scaling_governor")) for policy in policies]
-        highest = [number(read(os.path.join(policy, "cpuinfo_max_freq"))) for policy in policies]
-        return {
-            "model": self._model(),
-            "machine": platform.machine(),
-            "cpu": cpu.get("model name") or cpu.get("Hardware") or cpu.get("CPU part") or platform.processor(),
-            "cores": os.cpu_count(),
-            "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "memory_bytes": 1024 * int(memory[1]) if len(memory) > 1 else None,
-            "os": release.get("PRETTY_NAME", "").strip('"') or platform.system(),
-            "kernel": platform.release(),
-            "virtual": "hypervisor" in cpu.get("flags", "").split(),
-            "governors": sorted({governor for governor in governors if governor}),
-            "max_clock_hz": max((1000 * khz for khz in highest if khz), default=None),
-        }
-
-    def _model(self) -> str:
-        names = ("sys/firmware/devicetree/base/model", "sys/class/dmi/id/product_name", "sys/class/dmi/id/board_name")
-        return next((text for text in (read(self._path(name)) for name in names) if text), "")
-
-
-def facts() -> dict[str, Any]:
-    """What machine this is and how it is doing right now."""
-    try:
-        import numpy
-
-        numpy_version = numpy.__version__
-    except ImportError:
-        numpy_version = None
-    sensors = Sensors()
-    python = {"python": platform.python_version(), "numpy": numpy_version, "agent": VERSION}
-    return dict(sensors.facts(), **python, now=sensors.sample())

@@ -2,7 +2,7 @@
 
 device = Device("local:", workdir)
 with device.job() as job:
-    job.put(folder, "student")
+    job.put({"student": folder})
     job.run([job.python, "-m", "agent", "bench", "spec.json"], timeout=60)
     job.get("result.json", path)
 """
@@ -14,42 +14,53 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import parse_qsl
 
 import edgekd
 from edgekd import registry
 from edgekd.device.process import Finished, last_lines, run
-from edgekd.errors import StageError
+from edgekd.errors import ConnectionLost, StageError
 
-__all__ = ["AGENT", "JSON_LIMIT_BYTES", "Device", "Finished", "Job", "Transport", "last_lines", "parsed"]
+__all__ = ["AGENT", "JSON_LIMIT_BYTES", "Device", "Finished", "Job", "Transport", "last_lines", "not_fetched", "parsed"]
 
 AGENT = Path(edgekd.__file__).with_name("agent")
-FACTS_TIMEOUT_S = 60.0
-# The agent's documents are a few hundred kilobytes; what is larger did not come from the agent.
+FACTS_TIMEOUT_S = 180.0  # a slow board that is busy
+# The agent's documents are a few hundred kilobytes and 6 levels deep; what is more did not come from the agent.
 JSON_LIMIT_BYTES = 16 << 20
+JSON_LIMIT_DEPTH = 16
 
 
 class Transport(ABC):
     """How to reach a machine. Registered by its URL scheme as `@register("transport", SCHEME)`; made from the URL.
 
-    Paths on the device are strings in its own notation; `folder` is one that `make_folder` returned, `name` is a
-    relative path below it.
+    It connects when it is first used. Paths on the device are strings in its own notation; `folder` is one that
+    `make_folder` returned, `name` is a relative path below it. What cannot reach the device raises MissingError when it
+    never could, ConnectionLost when it could before.
     """
 
-    # The Python interpreter on the device.
-    python: str
+    # How often a command's standard input must hear from us, when that tells the device that we are alive.
+    heartbeat_s: ClassVar[float | None] = None
+
+    @property
+    @abstractmethod
+    def python(self) -> str:
+        """The Python interpreter on the device."""
 
     @abstractmethod
-    def make_folder(self) -> str:
-        """Make a fresh, empty folder on the device, private to us; return its path."""
+    def make_folder(self, name: str = "") -> str:
+        """Make a folder on the device, private to us; return its path.
+
+        It is fresh and empty; by the same `name`, it is the one that an interrupted job has left not long ago, if any.
+        """
 
     @abstractmethod
     def remove_folder(self, folder: str) -> None:
-        """Delete the folder and everything in it."""
+        """End what still runs there, and delete the folder and everything in it."""
 
     @abstractmethod
-    def put(self, source: Path, folder: str, name: str) -> None:
-        """Copy a file, or a folder with everything in it, to the device."""
+    def put(self, sources: Mapping[str, Path], folder: str) -> None:
+        """Copy files, and folders with everything in them, to the device; by their names there."""
 
     @abstractmethod
     def get(self, folder: str, name: str, target: Path, limit_bytes: int) -> None:
@@ -59,36 +70,54 @@ class Transport(ABC):
     def command(self, argv: Sequence[str], folder: str) -> tuple[list[str], Path | None]:
         """The command on this machine, and where to run it, that runs `argv` in `folder` on the device.
 
-        It must hand standard input, output and error through, and close the remote standard input when it is killed.
+        It must hand standard input, output and error through, and end what runs on the device when it ends itself or
+        its standard input closes.
         """
+
+    def ended(self, finished: Finished) -> Finished:
+        """What the end of such a command means for the one on the device: a negative status is a signal's number."""
+        return finished
 
 
 class Device:
-    """A machine, by URL.
+    """A machine, by URL: SCHEME:..., with options of its transport as ?NAME=VALUE&...
 
-    Raises RecipeError when no transport has the URL's scheme.
+    Raises RecipeError when no transport has the URL's scheme, or it has no such option.
     """
 
     def __init__(self, url: str, workdir: Path, options: Mapping[str, Any] | None = None) -> None:
         self.url = url
-        scheme = url.partition(":")[0]
+        address, _, query = url.partition("?")
         self.transport: Transport = registry.create(
-            "transport", scheme, url, workdir, options=options, where=f"the scheme of device {url!r}"
+            "transport",
+            url.partition(":")[0],
+            address,
+            workdir,
+            options={**dict(parse_qsl(query)), **(options or {})},
+            where=f"the scheme of device {url!r}",
         )
 
     @contextmanager
-    def job(self) -> Iterator[Job]:
-        """A fresh folder on the device, deleted at the end."""
-        folder = self.transport.make_folder()
+    def job(self, name: str = "") -> Iterator[Job]:
+        """A folder on the device, deleted at the end.
+
+        With a `name` it outlives a lost connection and Ctrl-C for a while, and the next job of that name goes on in it.
+        """
+        folder = self.transport.make_folder(name)
+        keep = False
         try:
             yield Job(self, folder)
+        except (ConnectionLost, KeyboardInterrupt):
+            keep = bool(name)
+            raise
         finally:
-            self.transport.remove_folder(folder)
+            if not keep:
+                self.transport.remove_folder(folder)
 
     def facts(self) -> dict[str, Any]:
         """What machine it is and how it is doing now, found out by the agent on the machine itself."""
         with self.job() as job:
-            job.put(AGENT, "agent")
+            job.put({"agent": AGENT})
             finished = job.run([job.python, "-m", "agent", "facts"], timeout=FACTS_TIMEOUT_S)
         finished.check(f"the agent on {self.url}")
         return parsed(finished.stdout, f"the facts of {self.url}")
@@ -99,11 +128,15 @@ class Job:
 
     def __init__(self, device: Device, folder: str) -> None:
         self.device, self.folder = device, folder
-        self.python = device.transport.python
 
-    def put(self, source: Path, name: str) -> None:
-        """Copy a file or folder to `name`, relative to the job's folder."""
-        self.device.transport.put(source, self.folder, _inside(name))
+    @property
+    def python(self) -> str:
+        """The Python interpreter on the device."""
+        return self.device.transport.python
+
+    def put(self, sources: Mapping[str, Path]) -> None:
+        """Copy files and folders, by their names relative to the job's folder."""
+        self.device.transport.put({_inside(name): source for name, source in sources.items()}, self.folder)
 
     def get(self, name: str, target: Path, *, limit_bytes: int) -> None:
         """Copy the file `name` to `target`. Raises StageError when it is absent or larger than the limit."""
@@ -115,10 +148,19 @@ class Job:
         """Run a command in the job's folder and wait for it.
 
         It and its children are ended when the time is over, on Ctrl-C and on any error here. Its standard input stays
-        open as long as we live. Raises StageError on time-out.
+        open as long as we live. Raises StageError on time-out, ConnectionLost when the device is gone.
         """
-        command, cwd = self.device.transport.command(argv, self.folder)
-        return run(command, cwd=cwd, timeout=timeout, on_stderr_line=on_stderr_line)
+        transport = self.device.transport
+        command, cwd = transport.command(argv, self.folder)
+        finished = run(
+            command,
+            cwd=cwd,
+            timeout=timeout,
+            on_stderr_line=on_stderr_line,
+            name=" ".join(argv),
+            heartbeat_s=transport.heartbeat_s,
+        )
+        return transport.ended(finished)
 
 
 def _inside(name: str) -> str:
@@ -129,6 +171,19 @@ def _inside(name: str) -> str:
     return str(path)
 
 
+def not_fetched(name: str, folder: str, limit_bytes: int, size: int | None = None) -> StageError:
+    """Why a file was not fetched: it is absent, or it has `size` bytes."""
+    if size is None:
+        return StageError(
+            f"{name} was not written on the device", allowed=f"looked in {folder}", fix="measure again: edgekd bench"
+        )
+    return StageError(
+        f"{name} from the device has {size} bytes",
+        allowed=f"at most {limit_bytes} are expected",
+        fix="see what the device writes, and measure again",
+    )
+
+
 def parsed(text: str, source: str) -> dict[str, Any]:
     """The JSON object that the agent wrote. Raises StageError when it is too large, too deep or no JSON object."""
     try:
@@ -137,6 +192,8 @@ def parsed(text: str, source: str) -> dict[str, Any]:
         document = json.loads(text)
         if not isinstance(document, dict):
             raise ValueError(f"a JSON {type(document).__name__}, not an object")
+        if _depth(document) > JSON_LIMIT_DEPTH:
+            raise ValueError(f"more than {JSON_LIMIT_DEPTH} levels deep")
         return document
     except (ValueError, RecursionError) as error:
         raise StageError(
@@ -144,3 +201,8 @@ def parsed(text: str, source: str) -> dict[str, Any]:
             allowed="expected: a JSON object",
             fix="run it again with --debug",
         ) from error
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edgekd.device import Transport
-from edgekd.errors import RecipeError, StageError
+from edgekd.device import Transport, not_fetched, porter
+from edgekd.errors import RecipeError
 from edgekd.registry import register
 
 
@@ -22,42 +21,39 @@ class Local(Transport):
             raise RecipeError(
                 f"device {url!r} names no machine", allowed='this machine is "local:"', fix="--device local:"
             )
-        self.python = python or sys.executable
-        self._workdir = workdir
+        self._python = python or sys.executable
+        self._root = str(workdir.resolve())
 
-    def make_folder(self) -> str:
-        """A fresh folder under the work directory."""
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        return tempfile.mkdtemp(prefix="job-", dir=self._workdir.resolve())
+    @property
+    def python(self) -> str:
+        """This interpreter, or the option's."""
+        return self._python
+
+    def make_folder(self, name: str = "") -> str:
+        """A folder under the work directory."""
+        return porter.make(self._root, name)
 
     def remove_folder(self, folder: str) -> None:
-        """Delete it."""
-        shutil.rmtree(folder, ignore_errors=True)
+        """End what still runs in it, and delete it."""
+        porter.remove(self._root, folder)
 
-    def put(self, source: Path, folder: str, name: str) -> None:
+    def put(self, sources: Mapping[str, Path], folder: str) -> None:
         """Copy. Not a link: what runs there must not reach what is stored here."""
-        target = Path(folder, name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copyfile(source, target)
+        for name, source in sources.items():
+            target = Path(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(source, target)
 
     def get(self, folder: str, name: str, target: Path, limit_bytes: int) -> None:
         """Copy one file out of the folder."""
         source = Path(folder, name)
         if not source.is_file() or source.is_symlink():
-            raise StageError(
-                f"{name} was not written on the device",
-                allowed=f"looked in {folder}",
-                fix="measure again: edgekd bench",
-            )
+            raise not_fetched(name, folder, limit_bytes)
         if (size := source.stat().st_size) > limit_bytes:
-            raise StageError(
-                f"{name} from the device has {size} bytes",
-                allowed=f"at most {limit_bytes} are expected",
-                fix="see what the device writes, and measure again",
-            )
+            raise not_fetched(name, folder, limit_bytes, size)
         shutil.copyfile(source, target)
 
     def command(self, argv: Sequence[str], folder: str) -> tuple[list[str], Path | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -26,7 +27,6 @@ GRACE_S = 2.0
 class Finished:
     """A process that ended by itself."""
 
-    argv: tuple[str, ...]
     status: int
     stdout: str
     stderr_tail: tuple[str, ...]
@@ -46,9 +46,15 @@ def last_lines(lines: Sequence[str]) -> str:
 
 
 def run(
-    argv: Sequence[str], *, cwd: Path | None, timeout: float, on_stderr_line: Callable[[str], None] | None = None
+    argv: Sequence[str],
+    *,
+    cwd: Path | None,
+    timeout: float,
+    on_stderr_line: Callable[[str], None] | None = None,
+    name: str,
+    heartbeat_s: float | None = None,
 ) -> Finished:
-    """Run a command to its end; see `Job.run`."""
+    """Run a command to its end; see `Job.run`. Errors call it `name`."""
     started = time.monotonic()
     try:
         # A session of its own: Ctrl-C in the terminal reaches only us, and we end the whole group.
@@ -72,13 +78,13 @@ def run(
         reader.start()
     tail: deque[str] = deque(maxlen=KEPT_STDERR_LINES)
     try:
-        for line in _lines_until_the_end(process, lines, started + timeout):
+        for line in _lines_until_the_end(process, lines, started + timeout, heartbeat_s):
             tail.append(line)
             if on_stderr_line:
                 on_stderr_line(line)
         status = process.wait(max(0.0, started + timeout - time.monotonic()))
     except subprocess.TimeoutExpired:
-        what = f"{' '.join(argv)} did not end within {timeout:g} s"
+        what = f"{name} did not end within {timeout:g} s"
         raise StageError(
             what, allowed=last_lines(list(tail)), fix="see whether the device is alive, and run it again"
         ) from None
@@ -88,14 +94,21 @@ def run(
         for reader in readers:
             reader.join(GRACE_S)
     stdout = output.decode("utf-8", "replace")
-    return Finished(tuple(argv), status, stdout, tuple(tail), time.monotonic() - started)
+    return Finished(status, stdout, tuple(tail), time.monotonic() - started)
 
 
 def _lines_until_the_end(
-    process: subprocess.Popen[bytes], lines: queue.SimpleQueue[str | None], deadline: float
+    process: subprocess.Popen[bytes],
+    lines: queue.SimpleQueue[str | None],
+    deadline: float,
+    heartbeat_s: float | None,
 ) -> Iterator[str]:
     """The lines as they come, in our own thread: an error or Ctrl-C while one is handled is ours to see."""
+    beat = time.monotonic()
     while time.monotonic() < deadline:
+        if heartbeat_s and time.monotonic() > beat + heartbeat_s:
+            beat = time.monotonic()
+            _say_we_live(process)
         try:
             line = lines.get(timeout=0.1)
         except queue.Empty:
@@ -107,6 +120,13 @@ def _lines_until_the_end(
         yield line
     if process.poll() is None:
         raise subprocess.TimeoutExpired(process.args, 0)
+
+
+def _say_we_live(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it has just ended
+        process.stdin.write(b".")
+        process.stdin.flush()
 
 
 def _read_lines(stream: IO[bytes], lines: queue.SimpleQueue[str | None]) -> None:
@@ -126,7 +146,8 @@ def _read_bytes(stream: IO[bytes], output: bytearray) -> None:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Let the process's group go: its standard input is closed, then TERM, then KILL."""
     assert process.stdin is not None
-    process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
     for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, number)
