@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -24,14 +24,13 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd import __version__, registry, stages
+from edgekd import __version__, preflight, stages
 from edgekd.artifact import Artifact, Store, key_of, sha256_of
 from edgekd.data import calibration
-from edgekd.device import Device
-from edgekd.errors import CheckpointError, MissingError, RecipeError, StoreError, shown, unknown
+from edgekd.errors import CheckpointError, RecipeError, StoreError, shown, unknown
+from edgekd.preflight import SUBJECTS
 from edgekd.stages import Inputs, Job
 
-SUBJECTS = ("teacher", "student")
 _log = logging.getLogger(__name__)
 # What may change a result, listed in every manifest.
 RECORDED = ("torch", "accelerate", "numpy", "onnx", "onnxscript", "onnxruntime")
@@ -200,7 +199,7 @@ def plan(job: Job, last: str) -> list[Planned]:
     for stage in needed(job, last):
         inputs = {name: found[name].artifact for name in stage.inputs if name in found}
         if stage.measures:
-            _check_device(job)
+            preflight.check_device(job)
         if all(inputs.values()):
             key = _key(job, stage, inputs)  # type: ignore[arg-type]
             artifact = None if stage.measures else job.store.find(stage.name, key)
@@ -210,40 +209,6 @@ def plan(job: Job, last: str) -> list[Planned]:
     return list(found.values())
 
 
-def _check_device(job: Job) -> None:
-    """Raise for a device that cannot be measured on, as far as its URL and the target tell."""
-    if job.target.board is not None and not job.device and job.target.device == "local:":
-        raise MissingError(
-            f"target {job.target.name} is a board, and no device is named",
-            allowed="everything up to edgekd compile works without one",
-            fix="--device ssh://USER@HOST",
-        )
-    if job.backend.builds_on == "device":
-        raise MissingError(
-            f"backend {job.backend.name} builds its engine on the board, which edgekd bench cannot do yet",
-            allowed="it can: edgekd export, quantize, compile and check for this target",
-            fix="measure with another backend: a target file with backends: [onnxruntime]",
-        )
-    Device(job.device or job.target.device, job.store.root)
-
-
-def check(job: Job, to_make: Collection[str]) -> None:
-    """Find what would fail late in the stages `to_make` before anything is trained: method, networks, backend."""
-    if any(stage.startswith("onnx-") for stage in to_make):
-        registry.create("backend", "onnxruntime").require()  # the judge of what an ONNX file computes
-    if any(stage.startswith("engine-") for stage in to_make):
-        job.backend.require()
-    method = job.method() if "student" in to_make else None
-    if "quantize" in to_make:
-        job.quantizer().require()
-    built = {subject: job.build(subject) for subject in SUBJECTS if {subject, "student"} & set(to_make)}
-    if method is not None:
-        from edgekd import distill
-
-        # Taps that do not exist shall not wait for the teacher's last epoch.
-        distill.attach(method, built["student"], built["teacher"], job.dataset, job.recipe.distill.train)
-
-
 def run(job: Job, last: str, on_stage: OnStage = lambda event: None) -> dict[str, Artifact]:
     """Bring every stage up to `last` into the store, and return the artifacts by stage.
 
@@ -251,7 +216,7 @@ def run(job: Job, last: str, on_stage: OnStage = lambda event: None) -> dict[str
     """
     main = is_main_process()
     wanted = [stage for stage in needed(job, last) if main or stage.trains]
-    check(job, [planned.stage for planned in plan(job, last) if planned.action != "reuse"])
+    preflight.check(job, [planned.stage for planned in plan(job, last) if planned.action != "reuse"])
     made: dict[str, Artifact] = {}
     for number, stage in enumerate(wanted, start=1):
         tell = partial(_tell, on_stage, stage.name, number, len(wanted))

@@ -187,6 +187,7 @@ class Benchmark(Section):
     launches: Annotated[int, Field(ge=6)] = Field(
         9, description="fresh processes that share the time: each gives a ratio"
     )
+    lock_clocks: bool = Field(False, description="fix the device's clocks meanwhile; needs root there")
     accuracy_samples: Positive | None = Field(None, description="test images for accuracy on the device; null: all")
 
 

@@ -89,12 +89,13 @@ def test_values_are_shown_as_a_recipe_spells_them(value, text):
     assert shown(value) == text
 
 
-OWN = ("artifact", "catalog", "cli", "errors", "pipeline", "recipe", "registry", "starter", "target", "yamlfile")
+OWN = ("artifact", "catalog", "cli/__init__", "cli/looking", "cli/preparing", "cli/running", "errors", "pipeline", "recipe",
+       "registry", "stages/deploying", "stages/exporting", "starter", "target", "yamlfile")  # fmt: skip
 
 
 @pytest.mark.parametrize("module", OWN)
 def test_every_error_says_what_is_allowed_and_what_to_do(module):
-    tree = ast.parse(Path(edgekd.__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(Path(edgekd.__file__).parent.joinpath(f"{module}.py").read_text(encoding="utf-8"))
     for call in ast.walk(tree):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in EXIT_CODES:
             assert {keyword.arg for keyword in call.keywords} >= {"allowed", "fix"}, f"{module}.py:{call.lineno}"

@@ -16,7 +16,7 @@ LAYERS = (
     "errors", "yamlfile", "schedule", "registry", "artifact", "recipe", "target", "marks",
     "data", "activations", "networks", "methods",
     "learning_rate", "checkpoint", "teacher_logits", "training_log", "distill", "parity", "export", "quantize",
-    "backends", "device", "stats", "bench", "stages", "pipeline",
+    "backends", "device", "stats", "bench", "stages", "preflight", "pipeline",
     "report", "catalog", "starter", "terminal", "cli", "__main__",
 )  # fmt: skip
 # Copied to the device as files: they import nothing of edgekd.
@@ -34,7 +34,7 @@ HEAVY = {
     "torch": (
         "data.batches", "activations", "networks", "methods", "checkpoint", "teacher_logits", "training_log",
         "distill", "parity", "export", "quantize.quantizers", "quantize.capture", "quantize.pt2e", "quantize.qat",
-        "quantize.buckets", "quantize.quantized_distillation", "stages",
+        "quantize.buckets", "quantize.quantized_distillation", "stages", "preflight",
     ),
     "torchao": ("quantize.pt2e",),
     "tvm": ("backends.tvm",),

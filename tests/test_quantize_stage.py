@@ -11,6 +11,7 @@ from tiny_job import TINY, make_job
 
 from edgekd import pipeline, registry, stages
 from edgekd.data import calibration
+from edgekd.errors import RecipeError
 from edgekd.quantize import rules
 
 PTQ = "quantize.method=ptq"
@@ -179,3 +180,15 @@ def test_check_of_no_model(main, tmp_path, monkeypatch):
     code, _, err = main("check", "none.onnx", "--target", "jetson")
     assert code == 4
     assert err.splitlines()[0].startswith("error: none.onnx is not valid ONNX: ")
+
+
+def test_a_method_that_taps_modules_is_told_before_training(tmp_path):
+    job = make_job(tmp_path / "store", "quantize.method=qat", "distill.method=fitnet")
+    with pytest.raises(RecipeError) as caught:
+        pipeline.run(job, "quantize")
+    assert str(caught.value).splitlines() == [
+        "error: quantize.method = qat cannot train by distill.method = fitnet, which taps the student's modules",
+        "       with rounding in place the student is a graph without modules; its logits are there",
+        "fix:   set quantize.method = ptq, or distill.method = kd",
+    ]
+    assert not list((tmp_path / "store").glob("store/*/*"))

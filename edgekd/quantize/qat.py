@@ -33,6 +33,7 @@ class QAT(TrainingQuantizer):
     precision: ClassVar[Literal["int8"]] = "int8"
     needs: ClassVar[tuple[str, ...]] = ("torch", "torchao")
     extra: ClassVar[str] = "qat"
+    keeps_modules: ClassVar[bool] = False
 
     def __init__(self, *, epochs: int = 3, lr: float = 0.002, freeze: float = 0.66) -> None:
         if not 0 <= freeze <= 1:

@@ -71,6 +71,8 @@ class TrainingQuantizer(Quantizer):
     """A quantizer that trains: `epochs` long, from the learning rate `lr`, else as the section distill says."""
 
     trains: ClassVar[bool] = True
+    # Whether what `prepare` makes has the student's modules under their names, for methods that tap them.
+    keeps_modules: ClassVar[bool] = True
     epochs: int
     lr: float
 

@@ -13,6 +13,9 @@ import onnxruntime
 from edgekd.errors import DataError
 from edgekd.quantize.graph import Graph
 
+if hasattr(onnxruntime, "disable_telemetry_events"):
+    onnxruntime.disable_telemetry_events()
+
 Array = npt.NDArray[Any]
 
 BATCH = 64

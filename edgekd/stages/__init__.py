@@ -7,9 +7,9 @@ torch is imported inside the stages that train or export: planning and reporting
 from edgekd.stages.deploying import bench, engine
 from edgekd.stages.exporting import onnx, quantize
 from edgekd.stages.job import CURVES, ENGINE, LABELS, LOGITS, MODEL, WEIGHTS, Inputs, Job
-from edgekd.stages.training import finetune, scratch, student, teacher
+from edgekd.stages.training import finetune, finetuning, scratch, student, teacher
 
 __all__ = [
-    "CURVES", "ENGINE", "LABELS", "LOGITS", "MODEL", "WEIGHTS", "Inputs", "Job", "bench", "engine", "finetune", "onnx",
-    "quantize", "scratch", "student", "teacher",
+    "CURVES", "ENGINE", "LABELS", "LOGITS", "MODEL", "WEIGHTS", "Inputs", "Job", "bench", "engine", "finetune",
+    "finetuning", "onnx", "quantize", "scratch", "student", "teacher",
 ]  # fmt: skip

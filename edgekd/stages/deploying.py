@@ -50,10 +50,11 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
         for subject in ("student", "teacher")
     }
     session = work / "session"
+    device = Device(job.device or job.target.device, job.store.root / "work" / "local")
     found = benchmark(
         engines["student"], engines["teacher"], samples=job.images(0, len(labels)), labels=labels,
-        device=Device(job.device or job.target.device, work), workdir=session, seconds=spec.seconds,
-        launches=spec.launches, mode=spec.mode, seed=job.recipe.seed,
+        device=device, workdir=session, seconds=spec.seconds,
+        launches=spec.launches, mode=spec.mode, lock_clocks=spec.lock_clocks, seed=job.recipe.seed,
         on_progress=lambda share, left_s, text: job.on_progress(share, text),
     )  # fmt: skip
     for file in session.iterdir():

@@ -27,8 +27,10 @@ ROUNDED_BRANCHES = (
     " where biases and the branches of residual additions are rounded too, so its engine may answer otherwise on a few"
     " samples."
 )
-# Share of the test images on which the deployed model may answer otherwise than what was trained.
-DISAGREEMENT = 0.001
+# Shares of the test images on which the deployed model may answer otherwise than what was trained: beyond the first the
+# report warns, beyond the second the graph is another one. Single codes flip where a sum lies between two of them, and
+# a jump of LMA makes more of that.
+DISAGREEMENT, OTHER_GRAPH = 0.001, 0.01
 
 
 def onnx(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
@@ -85,6 +87,7 @@ def quantize(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     stored = dialects.translated(model, "onnxruntime_uint8").ByteSize()  # weights as their codes
     curves = json.loads(inputs.get("finetune", inputs["student"]).file(CURVES).read_text(encoding="utf-8"))
     found = account.of(model, curves, samples[: account.IMAGES]) | facts.get("account", {})
+    agreement = _agreement(inputs["finetune"], logits) if "finetune" in inputs else None
     return {
         **measured,
         "size_bytes": stored,
@@ -99,9 +102,9 @@ def quantize(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
         "size": {"float_bytes": exported.result["size_bytes"], "bytes": stored},
         "classes": account.classes(dataset.test.labels, before, logits, dataset.class_names),
         **found,
-        "agreement": _agreement(inputs["finetune"], logits) if "finetune" in inputs else None,
+        "agreement": agreement,
         "notes": [ROUNDED_BRANCHES] if dialects.rounds_branches(model) else [],
-        "warnings": [*job.calibration.warnings, *facts.get("warnings", [])],
+        "warnings": [*job.calibration.warnings, *facts.get("warnings", []), *_disagreement(agreement)],
         "suggestions": [row["suggestion"] for row in found["layers"] if row["suggestion"]],
     }
 
@@ -125,14 +128,21 @@ def _agreement(trained: Artifact, logits: Array) -> dict[str, Any]:
     differing = int((expected.argmax(1) != logits.argmax(1)).sum())
     found = {"n": len(logits), "top1_agreement": 1 - differing / len(logits),
              "max_difference": float(np.abs(expected - logits).max())}  # fmt: skip
-    if differing > max(1, DISAGREEMENT * len(logits)):
+    if differing > max(1, OTHER_GRAPH * len(logits)):
         raise ExportError(
             f"the quantized model answers otherwise than the network that was trained: {differing} of {len(logits)}"
             " test images",
-            allowed=f"expected: at most {DISAGREEMENT:.1%}; the largest difference is {found['max_difference']:.3g}",
+            allowed=f"expected: at most {OTHER_GRAPH:.0%}; the largest difference is {found['max_difference']:.3g}",
             fix="use quantize.method = ptq, and report this network",
         )
     return found
+
+
+def _disagreement(agreement: dict[str, Any] | None) -> list[str]:
+    if agreement is None or agreement["top1_agreement"] >= 1 - max(DISAGREEMENT, 1 / agreement["n"]):
+        return []
+    share = f"{agreement['top1_agreement']:.2%}"
+    return [f"The deployed graph and the network that was trained give the same answer to {share} of the test images."]
 
 
 def export_settings(job: Job, subject: str, artifact: Artifact) -> dict[str, Any]:

@@ -57,6 +57,11 @@ def student(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     return _network_result(job, "student", network, trained, out, work)
 
 
+def finetuning(job: Job, quantizer: TrainingQuantizer) -> Train:
+    """How long and how a student is finetuned: as it was distilled, but for what the quantizer says."""
+    return job.recipe.distill.train.model_copy(update={**FINETUNE, "epochs": quantizer.epochs, "lr": quantizer.lr})
+
+
 def finetune(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     """Train the student further as its quantizer computes it, by the recipe's distillation method; and write it."""
     import torch
@@ -69,7 +74,7 @@ def finetune(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     images = torch.from_numpy(dataset.normalize(job.calibration.samples.images))
     job.on_progress(0.0, "preparing the student")
     prepared = quantizer.prepare(network, images)
-    spec = job.recipe.distill.train.model_copy(update={**FINETUNE, "epochs": quantizer.epochs, "lr": quantizer.lr})
+    spec = finetuning(job, quantizer)
     frozen = job.restore("teacher", inputs["teacher"]) if method.needs_teacher else None
     cache = _cache(job, inputs, spec.precision) if frozen is not None else None
     trained = _train(job, prepared, spec, method, frozen, work, cache)

@@ -1,0 +1,135 @@
+"""Power and energy by rail: INA3221 monitors on Jetsons, RAPL counters on x86."""
+
+from __future__ import annotations
+
+import glob
+import os
+import threading
+import time
+from typing import Any
+
+from .sensors import number, read
+
+SAMPLES_PER_S = 20.0  # an INA3221 needs some milliseconds for a reading of all its rails
+SETTLE_S = 0.015  # after a model's turn has begun: the monitor's average still holds the other model's power
+NOT_CONNECTED = ("", "NC")
+
+
+class Rails:
+    """The supply rails of this machine whose power or energy can be read."""
+
+    def __init__(self, root: str = "/") -> None:
+        self._monitors = {}  # type: dict[str, tuple[str, ...]]
+        self._counters = {}  # type: dict[str, tuple[str, int]]
+        for chip in sorted(glob.glob(os.path.join(root, "sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*"))):
+            for channel in "123":
+                name = read(os.path.join(chip, f"in{channel}_label"))
+                paths = (os.path.join(chip, f"in{channel}_input"), os.path.join(chip, f"curr{channel}_input"))
+                if name not in NOT_CONNECTED and self._milliwatts(paths) is not None:
+                    self._monitors[name] = paths
+        for chip in sorted(glob.glob(os.path.join(root, "sys/bus/i2c/drivers/ina3221x/*/iio:device*"))):
+            for channel in "012":
+                name, path = (os.path.join(chip, text.format(channel)) for text in ("rail_name_{}", "in_power{}_input"))
+                if read(name) not in NOT_CONNECTED and self._milliwatts((path,)) is not None:
+                    self._monitors[read(name)] = (path,)
+        for zone in sorted(glob.glob(os.path.join(root, "sys/class/powercap/intel-rapl:*"))):
+            path, name = os.path.join(zone, "energy_uj"), read(os.path.join(zone, "name"))
+            if name and number(read(path)) is not None:  # readable by root alone, on most systems
+                self._counters[name] = (path, number(read(os.path.join(zone, "max_energy_range_uj"))) or 0)
+
+    def names(self) -> list[str]:
+        """The rails, with the kind of sensor."""
+        return [f"{name} (ina3221)" for name in self._monitors] + [f"{name} (rapl)" for name in self._counters]
+
+    def power_mw(self) -> dict[str, float]:
+        """What the monitors read now."""
+        found = {name: self._milliwatts(paths) for name, paths in self._monitors.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def energy_mj(self) -> dict[str, float]:
+        """What the counters read now."""
+        return {name: (number(read(path)) or 0) / 1000 for name, (path, _) in self._counters.items()}
+
+    def wrap_mj(self, name: str) -> float:
+        """Where a counter begins anew."""
+        return self._counters[name][1] / 1000
+
+    @staticmethod
+    def _milliwatts(paths: tuple[str, ...]) -> float | None:
+        """Of a file with mW, or of two with mV and mA."""
+        values = [value for value in (number(read(path)) for path in paths) if value is not None]
+        if len(values) < len(paths):
+            return None
+        return float(values[0]) if len(values) == 1 else values[0] * values[1] / 1000
+
+
+class Meter:
+    """Energy by model: who is on turn is told by `begin` and `end`.
+
+    A counter is read at both. A monitor shows power of the moment only, so that a thread reads it while a model is on
+    turn; its mean times the time on turn is the energy. The thread runs in the conductor, which only waits meanwhile.
+    """
+
+    def __init__(self, rails: Rails) -> None:
+        self.rails = rails
+        self._turn = None  # type: tuple[str, float] | None
+        self._seconds = {}  # type: dict[str, float]
+        self._queries = {}  # type: dict[str, int]
+        self._read = {}  # type: dict[str, dict[str, list[float]]]
+        self._counted = {}  # type: dict[str, dict[str, float]]
+        self._before = {}  # type: dict[str, float]
+        self._newest = {}  # type: dict[str, float]
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        if rails.power_mw():
+            self._thread.start()
+
+    def begin(self, model: str) -> None:
+        """A model starts to run."""
+        self._before = self.rails.energy_mj()
+        self._turn = model, time.perf_counter()
+
+    def end(self, queries: int) -> None:
+        """It has answered so many queries."""
+        assert self._turn is not None
+        model, since = self._turn
+        self._turn = None
+        self._seconds[model] = self._seconds.get(model, 0.0) + time.perf_counter() - since
+        self._queries[model] = self._queries.get(model, 0) + queries
+        counted = self._counted.setdefault(model, {})
+        for name, now in self.rails.energy_mj().items():
+            used = now - self._before[name]
+            counted[name] = counted.get(name, 0.0) + (used if used >= 0 else used + self.rails.wrap_mj(name))
+
+    def power_mw(self) -> dict[str, float]:
+        """The newest reading of each monitor."""
+        return dict(self._newest)
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._over.set()
+        if self._thread.ident:
+            self._thread.join()
+
+    def of(self, model: str) -> list[dict[str, Any]]:
+        """What a model's queries took: a row by rail."""
+        seconds, queries = self._seconds[model], self._queries[model]
+        rows = [
+            {"rail": rail, "sensor": "ina3221", "mj": seconds * sum(mw) / len(mw), "readings": len(mw)}
+            for rail, mw in self._read.get(model, {}).items()
+        ]
+        rows += [
+            {"rail": rail, "sensor": "rapl", "mj": mj, "readings": queries}
+            for rail, mj in self._counted.get(model, {}).items()
+        ]
+        return [dict(row, queries=queries, seconds=seconds) for row in rows]
+
+    def _watch(self) -> None:
+        while not self._over.wait(1 / SAMPLES_PER_S):
+            turn = self._turn
+            readings = self.rails.power_mw()
+            self._newest = readings
+            # The turn may have changed while the slow bus was read: such a reading is nobody's.
+            if turn is not None and turn is self._turn and time.perf_counter() - turn[1] > SETTLE_S:
+                for rail, mw in readings.items():
+                    self._read.setdefault(turn[0], {}).setdefault(rail, []).append(mw)

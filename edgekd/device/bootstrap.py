@@ -1,0 +1,159 @@
+"""What a device has and lacks for edgekd, and the installation of what it lacks, which needs no network there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from edgekd.device import Device, last_lines
+from edgekd.errors import MissingError
+
+RUNTIME_PACKAGES = ("numpy", "onnxruntime")
+DOWNLOAD_TIMEOUT_S = 900.0
+INSTALL_TIMEOUT_S = 1800.0  # a slow card, and some thousand files
+MIN_FREE_BYTES = 1 << 30
+BUSY = 0.3  # load per core above which a benchmark would be disturbed
+THROTTLED_NOW = 0xF  # of the Raspberry Pi's flags
+SET_GOVERNOR = "echo performance | sudo tee /sys/devices/system/cpu/cpufreq/policy*/scaling_governor"
+# The oldest C library that wheels name, by machine.
+OLDEST_GLIBC = {"aarch64": 17, "x86_64": 5, "armv7l": 17}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something looked at; `fix` is the command that mends it, empty when all is well."""
+
+    what: str
+    found: str
+    fix: str = ""
+
+
+# ---------------------------------------------------------------- what is there
+
+
+def findings(facts: dict[str, Any], url: str) -> list[Finding]:
+    """What the facts of a device mean for edgekd."""
+    return [*_machine(facts), *_software(facts, url), *_condition(facts)]
+
+
+def _machine(facts: dict[str, Any]) -> Iterator[Finding]:
+    soc = f" ({facts['soc']})" if facts["soc"] else ""
+    yield Finding("board", f"{facts['model'] or 'of an unknown model'}{soc}")
+    kind = ", emulated: no time measured there is a board's" if facts["emulated"] else ""
+    kind = kind or (", virtual" if facts["virtual"] else "")
+    yield Finding("processor", f"{facts['cpu']}, {facts['usable_cores']} cores, {facts['machine']}{kind}")
+    l4t = f", L4T {facts['l4t']}" if facts["l4t"] else ""
+    yield Finding("system", f"{facts['os']}{l4t}, Linux {facts['kernel']}, {facts['libc'] or 'no glibc'}")
+
+
+def _software(facts: dict[str, Any], url: str) -> Iterator[Finding]:
+    here = url.startswith("local:")
+    install = "pip install" if here else shlex.join(["edgekd", "doctor", "--device", url, "--install"])
+    yield Finding("python", f"{facts['python']}, {facts['interpreter']}")
+    found = facts["runtimes"]
+    for package in RUNTIME_PACKAGES:
+        fix = f"{install} {package}" if here else install
+        version = next((found[name] for name in (package, f"{package}-gpu") if name in found), "")
+        yield Finding(package, version or "not installed", "" if version else fix)
+    yield from (Finding(name, version) for name, version in found.items() if not name.startswith(RUNTIME_PACKAGES))
+    if facts["l4t"] or facts["tensorrt"]:
+        for what, package in (("tensorrt", "tensorrt"), ("trtexec", "libnvinfer-bin")):
+            yield Finding(what, facts[what] or "not found", "" if facts[what] else f"sudo apt-get install {package}")
+
+
+def _condition(facts: dict[str, Any]) -> Iterator[Finding]:
+    now = facts["now"]
+    free = facts["disk_free_bytes"]
+    yield Finding("disk", f"{free / 1e9:.1f} GB free", "" if free > MIN_FREE_BYTES else "free some space there")
+    if facts["memory_bytes"] and facts["memory_available_bytes"]:
+        gigabytes = f"{facts['memory_available_bytes'] / 1e9:.1f} of {facts['memory_bytes'] / 1e9:.1f} GB available"
+        yield Finding("memory", gigabytes)
+    if facts["power_mode"]:
+        yield Finding("power mode", facts["power_mode"])
+    if facts["governors"]:
+        steady = facts["governors"] == ["performance"]
+        yield Finding("governor", ", ".join(facts["governors"]), "" if steady else SET_GOVERNOR)
+    if now["clock_hz"]:
+        highest = f" of {facts['max_clock_hz'] / 1e6:.0f}" if facts["max_clock_hz"] else ""
+        yield Finding("clock", f"{max(now['clock_hz']) / 1e6:.0f}{highest} MHz")
+    if now["temperature_c"]:
+        degrees = (f"{zone} {value:.0f} °C" for zone, value in now["temperature_c"].items())
+        yield Finding("temperature", ", ".join(degrees))
+    if now["throttled"] is not None:
+        yield _throttling(now["throttled"])
+    if facts["rails"]:
+        yield Finding("power sensors", ", ".join(facts["rails"]))
+    if now["load_average"] is not None:
+        quiet = now["load_average"] <= BUSY * facts["cores"]
+        yield Finding("load", f"{now['load_average']:.2f}", "" if quiet else "stop what else runs there: top")
+
+
+def _throttling(flags: int) -> Finding:
+    if not flags:
+        return Finding("throttling", "none since it was switched on")
+    when = "now" if flags & THROTTLED_NOW else "some time ago"
+    return Finding("throttling", f"{when} (0x{flags:x})", "cool the board, and use its own power supply")
+
+
+# ---------------------------------------------------------------- what is missing
+
+
+def install(device: Device, packages: Sequence[str] = RUNTIME_PACKAGES) -> None:
+    """Install packages into ~/.edgekd/venv on the device, whose Python every later connection takes.
+
+    The wheels are downloaded here and sent, so that the device needs no network, and neither pip nor its package for
+    virtual environments. What the device's own Python has (on a Jetson: tensorrt) stays visible in there.
+
+    Raises MissingError when there are no such wheels for the device, StageError when they cannot be installed there.
+    """
+    if device.url.partition(":")[0] == "local":
+        raise MissingError(
+            "edgekd does not install into the environment that it runs in",
+            allowed="--install is for boards: --device ssh://...",
+            fix="pip install 'edgekd[train]'",
+        )
+    facts = device.facts()
+    with tempfile.TemporaryDirectory() as folder, device.job() as job:
+        pip = _download(facts, packages, Path(folder), device.url)
+        job.put({"wheels": Path(folder)})
+        venv = PurePosixPath(job.folder).parents[1] / "venv"
+        python = str(venv / "bin/python")
+        if facts["interpreter"] != python:
+            argv = [job.python, "-m", "venv", "--clear", "--without-pip", "--system-site-packages", str(venv)]
+            job.run(argv, timeout=INSTALL_TIMEOUT_S).check(f'making {venv} on "{device.url}"')
+        argv = [python, f"wheels/{pip}/pip", "install", "--quiet", "--no-index", "--find-links", "wheels"]
+        job.run([*argv, *packages], timeout=INSTALL_TIMEOUT_S).check(f'installing on "{device.url}"')
+
+
+def _download(facts: dict[str, Any], packages: Sequence[str], folder: Path, url: str) -> str:
+    """Fetch the wheels that fit the device, with all that they need and pip itself; return the name of pip's."""
+    machine, python = facts["machine"], facts["python"].split(".")
+    target = f"Python {facts['python']} on {machine} with {facts['libc'] or 'no glibc'}"
+    glibc = re.fullmatch(r"glibc 2\.(\d+)", facts["libc"])
+    lines = ["there are wheels for Linux with glibc only"]
+    if glibc and machine in OLDEST_GLIBC:
+        # Every tag by name: pip takes none for implied by another.
+        tags = [f"manylinux_2_{minor}_{machine}" for minor in range(int(glibc[1]), OLDEST_GLIBC[machine] - 1, -1)]
+        tags += [f"manylinux2014_{machine}", "any"]
+        argv = [
+            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--only-binary=:all:",
+            "--dest", str(folder), "--implementation", "cp", "--python-version", ".".join(python[:2]),
+            *(word for abi in (f"cp{python[0]}{python[1]}", "abi3", "none") for word in ("--abi", abi)),
+            *(word for tag in tags for word in ("--platform", tag)), *packages, "pip",
+        ]  # fmt: skip
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False)
+        lines = done.stderr.strip().splitlines()
+        if done.returncode == 0:
+            return next(folder.glob("pip-*.whl")).name
+    raise MissingError(
+        f'device "{url}": no wheels of {", ".join(packages)} for {target} were found',
+        allowed=last_lines(lines[-3:]),
+        fix="see whether this machine has a network and pip (python -m ensurepip), or use a 64-bit system on the board",
+    )

@@ -1,0 +1,282 @@
+"""The device's end of a transport: keeps files and job folders there, and runs commands that end when we do.
+
+Stands alone: Python 3.8 and the standard library. Over ssh its text travels with every request, so that nothing must be
+installed on a board or kept in step with us.
+
+    ROOT/jobs/job-*            a folder per job, as root
+    ROOT/files/SHA256          what was ever sent: it is not sent again
+    ROOT/files/SHA256.part     ... as far as it has arrived
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ctypes
+import glob
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any, BinaryIO
+
+CHUNK_BYTES = 1 << 18
+STALE_JOB_S = 3600  # a job folder that nobody works in is kept so long for a benchmark to go on in
+STALE_FILE_S = 30 * 86400
+HEARTBEAT_S = 10.0  # how often the host says that it is there
+SILENCE_S = 60.0  # after which it is taken for dead
+GRACE_S = 2.0
+_SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
+
+
+class RefusedError(Exception):
+    """What was asked for cannot be done; the arguments go to the host as they are."""
+
+
+# ---------------------------------------------------------------- job folders
+
+
+def make(root: str, name: str) -> str:
+    """A folder for a job: `job-NAME`, with what an interrupted job of that name left there, or a fresh one."""
+    jobs = os.path.join(root, "jobs")
+    os.makedirs(jobs, mode=0o700, exist_ok=True)
+    clean(root)
+    folder = os.path.join(jobs, "job-" + name)
+    if not name or processes_in(folder):
+        return tempfile.mkdtemp(prefix="job-", dir=jobs)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    os.utime(folder)
+    return folder
+
+
+def clean(root: str) -> None:
+    """Delete job folders whose owner is gone, and files that were not used for long."""
+    now = time.time()
+    for folder in glob.glob(os.path.join(root, "jobs", "job-*")):
+        if now - _modified(folder) > STALE_JOB_S and not processes_in(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    for file in glob.glob(os.path.join(root, "files", "*")):
+        if now - _modified(file) > STALE_FILE_S:
+            _delete(file)
+
+
+def remove(root: str, folder: str) -> None:
+    """End what still runs in a job's folder, and delete it."""
+    if os.path.dirname(folder) != os.path.join(root, "jobs"):
+        raise RefusedError(folder + " is no job's folder")
+    for pid in processes_in(folder):
+        _kill(pid, signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def processes_in(folder: str) -> list[int]:
+    """Our processes that work in a folder or below it."""
+    found = []
+    for link in glob.glob("/proc/[0-9]*/cwd"):
+        with contextlib.suppress(OSError):  # it ended while we looked, or is not ours
+            if (os.readlink(link) + "/").startswith(folder + "/"):
+                found.append(int(link.split("/")[2]))
+    return found
+
+
+def _modified(path: str) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return time.time()
+
+
+def _delete(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+# ---------------------------------------------------------------- files
+
+
+def receive(root: str, folder: str, incoming: BinaryIO, outgoing: BinaryIO) -> None:
+    """Put files into a job's folder, and ask for those only that are not here yet.
+
+    In comes a line {path below the folder: [sha256, bytes]}; out goes a line {sha256: bytes that are here already} of
+    the files wanted, in order; in come the bytes that they lack, one file after the other.
+    """
+    files = os.path.join(root, "files")
+    os.makedirs(files, mode=0o700, exist_ok=True)
+    sent = json.loads(incoming.readline())  # type: dict[str, list[Any]]
+    sizes = dict(sent.values())
+    wanted = {sha256: _size(os.path.join(files, sha256 + ".part")) for sha256 in sizes if not _here(files, sha256)}
+    wanted = {sha256: here if here <= sizes[sha256] else 0 for sha256, here in wanted.items()}
+    lacking = sum(sizes[sha256] - here for sha256, here in wanted.items()) + sum(size for _, size in sent.values())
+    if lacking > shutil.disk_usage(root).free:
+        raise RefusedError("disk full", shutil.disk_usage(root).free, lacking)
+    _say(outgoing, wanted)
+    for sha256, here in wanted.items():
+        _take(os.path.join(files, sha256), here, sizes[sha256], incoming)
+    for path, (sha256, _) in sorted(sent.items()):
+        _place(os.path.join(files, sha256), os.path.join(folder, path))
+
+
+def _take(file: str, here: int, size: int, incoming: BinaryIO) -> None:
+    """Append what comes in to what has arrived; what came before a lost connection stays."""
+    with open(file + ".part", "r+b" if here else "wb") as part:
+        part.truncate(here)
+        part.seek(here)
+        while here < size:
+            chunk = incoming.read(min(CHUNK_BYTES, size - here))
+            if not chunk:
+                raise RefusedError("cut off")
+            part.write(chunk)
+            here += len(chunk)
+    os.replace(file + ".part", file)
+
+
+def _place(file: str, target: str) -> None:
+    """Copy, not link: what a job does to its files must not reach what is kept. What is damaged is not kept either."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    digest = hashlib.sha256()
+    with open(file, "rb") as source, open(target, "wb") as copy:
+        for chunk in iter(lambda: source.read(CHUNK_BYTES), b""):
+            digest.update(chunk)
+            copy.write(chunk)
+    os.utime(file)
+    if digest.hexdigest() != os.path.basename(file):
+        _delete(file)
+        raise RefusedError("corrupt", os.path.basename(target))
+
+
+def _here(files: str, sha256: str) -> bool:
+    return os.path.isfile(os.path.join(files, sha256))
+
+
+def _size(path: str) -> int:
+    return os.path.getsize(path) if os.path.isfile(path) else 0
+
+
+def fetch(folder: str, name: str, limit: int, outgoing: BinaryIO) -> None:
+    """Send one regular file: a line {bytes}, the bytes, a line {sha256}. Links are not followed."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path) or os.path.islink(path):
+        raise RefusedError("absent")
+    with open(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size
+        if left > limit:
+            raise RefusedError("large", left)
+        _say(outgoing, {"bytes": left})
+        digest = hashlib.sha256()
+        while left:
+            chunk = file.read(min(CHUNK_BYTES, left))
+            if not chunk:
+                raise RefusedError("absent")
+            digest.update(chunk)
+            outgoing.write(chunk)
+            left -= len(chunk)
+    _say(outgoing, {"sha256": digest.hexdigest()})
+
+
+def _say(outgoing: BinaryIO, message: Any) -> None:
+    outgoing.write(json.dumps(message).encode() + b"\n")
+    outgoing.flush()
+
+
+# ---------------------------------------------------------------- commands
+
+
+def run(folder: str, argv: list[str]) -> int:
+    """Run a command to its end, and end it with all that it started when the host goes: standard input closes, or no
+    heartbeat comes. Returns its exit status, 128 + N when signal N ended it."""
+    for pid in processes_in(folder):  # what a lost connection left there: it must not run beside us
+        _kill(pid, signal.SIGKILL)
+    os.chdir(folder)
+    prctl = getattr(ctypes.CDLL(None), "prctl", lambda *arguments: None)
+    # What the command leaves behind becomes our child instead of init's, so that we find it.
+    prctl(_SET_CHILD_SUBREAPER, 1)
+    try:
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=lambda: prctl(_SET_PDEATHSIG, signal.SIGKILL),
+        )
+    except OSError as error:
+        sys.stderr.write(f"{argv[0]} cannot be run: {error.strerror}\n")
+        return 127
+    ended = threading.Event()
+    threading.Thread(target=_end_without_host, args=(child, ended), daemon=True).start()
+    status = child.wait()
+    ended.set()
+    _end_descendants()
+    return 128 - status if status < 0 else status
+
+
+def _end_without_host(child: subprocess.Popen[bytes], ended: threading.Event) -> None:
+    import select
+
+    while select.select([0], [], [], SILENCE_S)[0] and os.read(0, 4096):
+        pass
+    with contextlib.suppress(OSError):
+        os.killpg(child.pid, signal.SIGTERM)
+    if not ended.wait(GRACE_S):
+        for pid in _descendants():
+            _kill(pid, signal.SIGKILL)
+
+
+def _end_descendants() -> None:
+    """Ask what is left to go, and insist. Somebody may still have to put the clocks back."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in _descendants():
+            _kill(pid, number)
+        deadline = time.monotonic() + GRACE_S
+        while _descendants() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _descendants() -> list[int]:
+    """Every process that comes from us, whatever group or session it has put itself into."""
+    parents = {}
+    for file in glob.glob("/proc/[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError), open(file) as content:
+            parents[int(file.split("/")[2])] = int(content.read().rpartition(")")[2].split()[1])
+    found = [os.getpid()]
+    for ancestor in found:
+        found += [pid for pid, parent in parents.items() if parent == ancestor]
+    return found[1:]
+
+
+def _kill(pid: int, number: int) -> None:
+    with contextlib.suppress(OSError):
+        os.kill(pid, number)
+
+
+def main(request: str) -> int:
+    """Do what a request asks: {do, and the arguments of the function of that name}, as JSON in base64."""
+    arguments = json.loads(base64.b64decode(request))
+    do = arguments.pop("do")
+    incoming, outgoing = sys.stdin.buffer, sys.stdout.buffer
+    try:
+        if do == "run":
+            return run(**arguments)
+        if do == "receive":
+            receive(incoming=incoming, outgoing=outgoing, **arguments)
+            _say(outgoing, {"done": None})
+        elif do == "fetch":
+            fetch(outgoing=outgoing, **arguments)
+        elif do == "make":
+            _say(outgoing, {"done": make(**arguments)})
+        else:
+            remove(**arguments)
+            _say(outgoing, {"done": None})
+    except RefusedError as error:
+        _say(outgoing, {"refused": error.args})
+    except OSError as error:
+        _say(outgoing, {"refused": ["system", str(error)]})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

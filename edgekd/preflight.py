@@ -1,0 +1,71 @@
+"""What would fail late in a run, found before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from edgekd import registry, stages
+from edgekd.device import Device
+from edgekd.errors import MissingError, RecipeError
+from edgekd.quantize.quantizers import TrainingQuantizer
+from edgekd.recipe import Train
+from edgekd.stages import Job
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgekd.methods import Method
+
+SUBJECTS = ("teacher", "student")
+
+
+def check_device(job: Job) -> None:
+    """Raise for a device that cannot be measured on, as far as its URL and the target tell."""
+    if job.target.board is not None and not job.device and job.target.device == "local:":
+        raise MissingError(
+            f"target {job.target.name} is a board, and no device is named",
+            allowed="everything up to edgekd compile works without one",
+            fix="--device ssh://USER@HOST",
+        )
+    if job.backend.builds_on == "device":
+        raise MissingError(
+            f"backend {job.backend.name} builds its engine on the board, which edgekd bench cannot do yet",
+            allowed="it can: edgekd export, quantize, compile and check for this target",
+            fix="measure with another backend: a target file with backends: [onnxruntime]",
+        )
+    Device(job.device or job.target.device, job.store.root)
+
+
+def check(job: Job, to_make: Collection[str]) -> None:
+    """Find what would fail late in the stages `to_make` before anything is trained: method, networks, backend."""
+    if any(stage.startswith("onnx-") for stage in to_make):
+        registry.create("backend", "onnxruntime").require()  # the judge of what an ONNX file computes
+    if any(stage.startswith("engine-") for stage in to_make):
+        job.backend.require()
+    if "quantize" in to_make:
+        job.quantizer().require()
+    built = {subject: job.build(subject) for subject in SUBJECTS if {subject, "student", "finetune"} & set(to_make)}
+    # Taps that do not exist shall not wait for the teacher's last epoch, nor for the student's.
+    if "student" in to_make:
+        _check_method(job, built, job.recipe.distill.train)
+    if "finetune" in to_make:
+        quantizer = job.quantizer()
+        assert isinstance(quantizer, TrainingQuantizer)
+        method = _check_method(job, built, stages.finetuning(job, quantizer))
+        if method.student_taps.paths and not quantizer.keeps_modules:
+            raise RecipeError(
+                f"quantize.method = {job.recipe.quantize.method} cannot train by distill.method ="
+                f" {job.recipe.distill.method}, which taps the student's modules",
+                allowed="with rounding in place the student is a graph without modules; its logits are there",
+                fix="set quantize.method = ptq, or distill.method = kd",
+                key="quantize.method",
+            )
+
+
+def _check_method(job: Job, built: Mapping[str, nn.Module], spec: Train) -> Method:
+    from edgekd import distill
+
+    method = job.method()
+    distill.attach(method, built["student"], built["teacher"], job.dataset, spec)
+    return method

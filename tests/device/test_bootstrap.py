@@ -1,0 +1,143 @@
+"""What doctor says of a device, and the installation on one that has nothing yet."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import board_files
+import pytest
+
+from edgekd.agent.machine import facts
+from edgekd.device import Device, bootstrap
+from edgekd.errors import MissingError
+
+URL = "ssh://pi@board"
+INSTALL = "edgekd doctor --device ssh://pi@board --install"
+NOTHING = {"runtimes": {}, "numpy": None, "disk_free_bytes": 5e9, "libc": "glibc 2.36"}
+
+
+def found(root, url=URL, **changes):
+    return {one.what: one for one in bootstrap.findings({**facts(str(root)), **NOTHING, **changes}, url)}
+
+
+def test_a_raspberry_pi(tmp_path):
+    root = board_files.write(tmp_path, board_files.RASPBERRY_PI_4 | {"proc/loadavg": "9.00 0.20 0.10 1/200 1234"})
+    rows = found(root, cores=4)
+    assert rows["board"].found == "Raspberry Pi 4 Model B Rev 1.4 (brcm,bcm2711)"
+    assert (rows["governor"].found, rows["governor"].fix) == ("ondemand", bootstrap.SET_GOVERNOR)
+    assert rows["clock"].found == "1500 of 1800 MHz"
+    assert rows["temperature"].found == "cpu-thermal 48 °C"
+    assert rows["memory"].found == "3.1 of 4.0 GB available"
+    assert rows["throttling"].found == "now (0x50005)"
+    assert rows["throttling"].fix == "cool the board, and use its own power supply"
+    assert (rows["load"].found, rows["load"].fix) == ("9.00", "stop what else runs there: top")
+    assert (rows["numpy"].found, rows["numpy"].fix) == ("not installed", INSTALL)
+    assert (rows["onnxruntime"].found, rows["onnxruntime"].fix) == ("not installed", INSTALL)
+    assert "tensorrt" not in rows
+
+
+def test_a_jetson(tmp_path):
+    rows = found(board_files.write(tmp_path, board_files.JETSON_ORIN_NANO))
+    assert ", L4T 36.4.3, " in rows["system"].found
+    assert rows["power mode"].found == "MAXN_SUPER"
+    assert (rows["tensorrt"].found, rows["tensorrt"].fix) == ("not found", "sudo apt-get install tensorrt")
+    assert (rows["trtexec"].found, rows["trtexec"].fix) == ("not found", "sudo apt-get install libnvinfer-bin")
+    assert rows["power sensors"].found.startswith("VDD_IN (ina3221), ")
+    assert rows["processor"].fix == ""
+
+
+def test_a_device_where_all_is_well(tmp_path):
+    files = board_files.RASPBERRY_PI_5 | board_files.clocks(0, "performance", 2_400_000, 1_500_000, 2_400_000)
+    rows = found(
+        board_files.write(tmp_path, files), runtimes={"numpy": "2.1", "onnxruntime-gpu": "1.20", "ncnn": "1.0"}
+    )
+    assert [row for row in rows.values() if row.fix] == []
+    assert (rows["onnxruntime"].found, rows["ncnn"].found) == ("1.20", "1.0")
+    assert rows["throttling"].found == "none since it was switched on"
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "text", "fix"),
+    [
+        ({"disk_free_bytes": 1e8}, "disk", "0.1 GB free", "free some space there"),
+        ({"emulated": True}, "processor", "emulated: no time measured there is a board's", ""),
+        ({"libc": ""}, "system", "no glibc", ""),
+    ],
+)
+def test_what_else_may_be_wrong(tmp_path, change, what, text, fix):
+    row = found(tmp_path, **change)[what]
+    assert text in row.found
+    assert row.fix == fix
+
+
+def test_this_machine_installs_by_pip(tmp_path):
+    assert found(tmp_path, url="local:")["onnxruntime"].fix == "pip install onnxruntime"
+
+
+def test_nothing_is_installed_into_our_own_environment(tmp_path):
+    with pytest.raises(MissingError) as caught:
+        bootstrap.install(Device("local:", tmp_path))
+    assert caught.value.what == "edgekd does not install into the environment that it runs in"
+    assert caught.value.fix == "pip install 'edgekd[train]'"
+
+
+@pytest.mark.parametrize("change", [{"libc": ""}, {"machine": "mips"}])
+def test_a_system_that_no_wheels_are_made_for_is_a_clear_error(sshd, tmp_path, monkeypatch, change):
+    device = Device(sshd.url(), tmp_path)
+    known = device.facts()
+    monkeypatch.setattr(device, "facts", lambda: {**known, **change})
+    with pytest.raises(MissingError) as caught:
+        bootstrap.install(device)
+    assert caught.value.what.startswith(f'device "{device.url}": no wheels of numpy, onnxruntime for Python 3.')
+    assert "there are wheels for Linux with glibc only" in caught.value.allowed
+    assert caught.value.fix.endswith("or use a 64-bit system on the board")
+
+
+def test_a_package_that_does_not_exist_shows_what_pip_says(sshd, tmp_path):
+    with pytest.raises(MissingError) as caught:
+        bootstrap.install(Device(sshd.url(), tmp_path), ["edgekd-there-is-no-such-package"])
+    assert "edgekd-there-is-no-such-package" in caught.value.allowed
+
+
+@pytest.fixture(scope="module")
+def package_index(tmp_path_factory):
+    argv = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        tmp_path_factory.mktemp("pip"),
+        "pip",
+    ]
+    if subprocess.run(argv, capture_output=True, check=False).returncode:
+        pytest.skip("no package index can be reached from here")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("python", "libc", "tag"), [("3.8.10", "glibc 2.31", "cp38"), ("3.11.2", "glibc 2.36", "cp311")]
+)
+def test_the_wheels_are_those_of_the_board(package_index, tmp_path, python, libc, tag):
+    known = {"machine": "aarch64", "python": python, "libc": libc}
+    pip = bootstrap._download(known, ["numpy"], tmp_path, URL)
+    numpy, found = sorted(file.name for file in tmp_path.iterdir())
+    assert pip == found
+    assert f"-{tag}-" in numpy
+    assert numpy.endswith("_aarch64.whl")
+
+
+@pytest.mark.slow
+def test_a_board_without_numpy_gets_it_without_a_network(package_index, sshd, tmp_path):
+    try:
+        bootstrap.install(Device(sshd.url(), tmp_path), ["numpy"])
+        there = Device(sshd.url(), tmp_path).facts()
+        assert there["interpreter"] == str(sshd.home / ".edgekd/venv/bin/python")
+        assert there["numpy"]
+        bootstrap.install(Device(sshd.url(), tmp_path), ["numpy"])  # again, into the same environment
+    finally:
+        shutil.rmtree(sshd.home / ".edgekd/venv", ignore_errors=True)
