@@ -171,8 +171,9 @@ def report(rows: list[dict[str, Any]], given: argparse.Namespace) -> str:
         f"Test accuracy in percent, mean ± standard deviation over {len(given.seeds)} seeds, and the change against the"
         " same student in fp32, seed by seed (mean, smallest to largest). Teacher: the LMA paper's, 18,000 training"
         f" images, {settings}, lr {LR}. Size in kB of the ONNX file as ONNX Runtime gets it. Latency: over fp32, ONNX"
-        f" Runtime {onnxruntime.__version__}, batch 1, 1 thread, median of {given.rounds} interleaved rounds in {SESSIONS}"
-        " sessions (10th to 90th percentile); Polino quantizes weights alone, which are unpacked when the model is loaded.\n\n"
+        f" Runtime {onnxruntime.__version__}, batch 1, 1 thread, median of {given.rounds} interleaved rounds in"
+        f" {SESSIONS} sessions (10th to 90th percentile); Polino quantizes weights alone, which are unpacked when the"
+        " model is loaded.\n\n"
         + table(["student", "accuracy", "change", "kB", "latency over fp32"], lines)
         + "\n\nOver all trained models, the deployed graph and the network that was trained agree in top-1 on"
         f" {100 * min(agreements):.2f} % to {100 * max(agreements):.2f} % of the test images. Layers that ONNX Runtime"
