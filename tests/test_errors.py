@@ -89,8 +89,10 @@ def test_values_are_shown_as_a_recipe_spells_them(value, text):
     assert shown(value) == text
 
 
-OWN = ("artifact", "catalog", "cli/__init__", "cli/looking", "cli/preparing", "cli/running", "errors", "pipeline", "recipe",
-       "registry", "stages/deploying", "stages/exporting", "starter", "target", "yamlfile")  # fmt: skip
+OWN = (
+    "artifact", "catalog", "cli/__init__", "cli/looking", "cli/preparing", "cli/running", "errors", "pipeline",
+    "preflight", "recipe", "registry", "stages/deploying", "stages/exporting", "starter", "target", "yamlfile",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("module", OWN)

@@ -192,3 +192,20 @@ def test_a_method_that_taps_modules_is_told_before_training(tmp_path):
         "fix:   set quantize.method = ptq, or distill.method = kd",
     ]
     assert not list((tmp_path / "store").glob("store/*/*"))
+
+
+def test_a_calibration_set_that_is_not_there_is_told_before_training(tmp_path):
+    with pytest.raises(RecipeError, match="the calibration set none.yaml does not exist"):
+        pipeline.run(make_job(tmp_path / "store", PTQ, "quantize.calibration=none.yaml"), "quantize")
+    assert not list((tmp_path / "store").glob("store/*/*"))
+
+
+@pytest.mark.parametrize("method", ["fp16", "quantized_distillation"])
+def test_every_quantizers_account_makes_a_report(main, store, tmp_path, method):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    options = ["--set", f"quantize.method={method}", *(["--set", "quantize.epochs=1"] if method != "fp16" else [])]
+    code, out, err = main("quantize", tmp_path / "tiny.yaml", "--store", store, "--json", *options)
+    assert code == 0, err
+    found = json.loads(out)["quantization"]
+    assert found["method"] == method and len(found["layers"]) == 8
+    assert found["size"]["bytes"] < found["size"]["float_bytes"]

@@ -182,17 +182,26 @@ def load(source: str, options: Mapping[str, Any] | None = None) -> CalibrationSe
 
 
 def find(source: str) -> Path:
-    """The file of a calibration set: a shipped one by name, or a path."""
+    """The file of a calibration set: a shipped one by name, or a path. Raises RecipeError when there is none."""
     path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
-        return path
-    return shipped_folder("calib") / f"{source}.yaml"
+    file = path if path.suffix in (".yaml", ".yml") else shipped_folder("calib") / f"{source}.yaml"
+    if not file.exists():
+        raise RecipeError(
+            f"the calibration set {file} does not exist",
+            allowed=f"shipped: {', '.join(_shipped())}; or the path of a .yaml file",
+            fix="make one: edgekd calib",
+            key="quantize.calibration",
+        )
+    return file
+
+
+def _shipped() -> list[str]:
+    return sorted(path.stem for path in shipped_folder("calib").glob("*.yaml"))
 
 
 def _parsed(file: Path) -> Selection:
     keys = f"keys: {', '.join(Selection.model_fields)}"
-    shipped = ", ".join(sorted(path.stem for path in shipped_folder("calib").glob("*.yaml")))
-    fix = f"name a shipped calibration set ({shipped}), or a .yaml file"
+    fix = f"name a shipped calibration set ({', '.join(_shipped())}), or a .yaml file"
     try:
         return Selection.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except OSError as error:

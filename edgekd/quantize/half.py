@@ -49,7 +49,8 @@ class FP16(ModelQuantizer):
         """Write the float model as fp16 to `out`; facts as of `quantize`, and `account`: layers, still_float."""
         facts = quantize(model, out, samples.calibration, keep_float=self.keep_float)
         rows = layers(load(model), onnx.load(str(out)), samples.calibration[: account.IMAGES])
-        return facts | {"account": {"layers": rows, "still_float": facts["still_float"]}}
+        own = {row["layer"] for row in rows}
+        return facts | {"account": {"layers": rows, "still_float": [n for n in facts["still_float"] if n in own]}}
 
 
 def quantize(model: Path, out: Path, images: Array, *, keep_float: Collection[str] = ()) -> dict[str, Any]:

@@ -102,8 +102,10 @@ def test_no_calibration_set(tmp_path, text, what):
 def test_a_set_that_does_not_exist():
     with pytest.raises(RecipeError) as error:
         calibration.load("digit")
-    assert "digit.yaml cannot be read: No such file or directory" in error.value.what
-    assert error.value.fix == "name a shipped calibration set (digits), or a .yaml file"
+    what, allowed, fix = str(error.value).splitlines()
+    assert what.endswith("digit.yaml does not exist")
+    assert allowed == "       shipped: digits; or the path of a .yaml file"
+    assert fix == "fix:   make one: edgekd calib"
 
 
 # --- the images that a quantizer looks at -------------------------------------------------------------------------
