@@ -195,7 +195,7 @@ def test_a_method_that_taps_modules_is_told_before_training(tmp_path):
 
 
 def test_a_calibration_set_that_is_not_there_is_told_before_training(tmp_path):
-    with pytest.raises(RecipeError, match="the calibration set none.yaml does not exist"):
+    with pytest.raises(RecipeError, match=r"the calibration set none\.yaml does not exist"):
         pipeline.run(make_job(tmp_path / "store", PTQ, "quantize.calibration=none.yaml"), "quantize")
     assert not list((tmp_path / "store").glob("store/*/*"))
 
