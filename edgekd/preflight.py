@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 SUBJECTS = ("teacher", "student")
 
 
-def check_device(job: Job) -> None:
-    """Raise for a device that cannot be measured on, as far as its URL and the target tell."""
+def check_device(job: Job) -> Device:
+    """The device. Raises for one that cannot be measured on, as far as its URL and the target tell."""
     if job.target.board is not None and not job.device and job.target.device == "local:":
         raise MissingError(
             f"target {job.target.name} is a board, and no device is named",
@@ -34,13 +34,15 @@ def check_device(job: Job) -> None:
             allowed="it can: edgekd export, quantize, compile and check for this target",
             fix="measure with another backend: a target file with backends: [onnxruntime]",
         )
-    Device(job.device or job.target.device, job.store.root)
+    return Device(job.device or job.target.device, job.store.root)
 
 
 def check(job: Job, to_make: Collection[str]) -> None:
     """Find what would fail late in the stages `to_make` before anything is trained: method, networks, backend."""
     if any(stage.startswith("onnx-") for stage in to_make):
         registry.create("backend", "onnxruntime").require()  # the judge of what an ONNX file computes
+    if "bench" in to_make and not (job.device or job.target.device).startswith("local:"):
+        check_device(job).facts()  # a board that does not answer shall not wait for the training
     if any(stage.startswith("engine-") for stage in to_make):
         job.backend.require()
     if "quantize" in to_make:

@@ -287,3 +287,11 @@ def test_a_board_that_cannot_be_measured_on(tmp_path, device, lines):
         pipeline.plan(job, "bench")
     assert str(caught.value).splitlines() == lines
     assert pipeline.plan(job, "engine-student")
+
+
+def test_a_board_that_does_not_answer_is_told_before_training(tmp_path):
+    job = make_job(tmp_path / "store")
+    job.device = "ssh://nobody@127.0.0.1:1"
+    with pytest.raises(MissingError, match=r'device "ssh://nobody@127\.0\.0\.1:1": '):
+        pipeline.run(job, "bench")
+    assert not list((tmp_path / "store").glob("store/*/*"))
