@@ -229,6 +229,7 @@ def _latency(bench: Artifact, name: str) -> Latency:
     first_ns = min(table[0, 2] for table in tables.values())
     return Latency(
         **found[name],
+        energy=bench.result.get("energy", {}).get(name, []),
         samples_ms=(tables[name][:, 3] / 1e6).tolist(),
         samples_time_s=((tables[name][:, 2] - first_ns) / 1e9).tolist(),
     )
@@ -310,4 +311,8 @@ def _notes(artifacts: Artifacts) -> list[str]:
     notes: list[str] = []
     for artifact in artifacts.values():
         notes += [note for note in artifact.result.get("notes", []) if note not in notes]
+    if cuts := (artifacts["bench"].result.get("interruptions", 0) if "bench" in artifacts else 0):
+        notes.append(
+            f"The benchmark was interrupted {cuts} time{'s' * (cuts > 1)}, and went on behind its last launch."
+        )
     return notes

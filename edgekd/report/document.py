@@ -103,6 +103,15 @@ class LadderRow(Part):
         return self
 
 
+class Energy(Part):
+    """What one inference took from a rail of the board, the median of the launches; `sensor` is what read it."""
+
+    rail: str
+    sensor: str
+    per_inference_mj: float = Field(ge=0)
+    launches: Count
+
+
 class Latency(Part):
     """One model's latencies on the target, in the fields of `edgekd.bench`.
 
@@ -124,6 +133,7 @@ class Latency(Part):
     load_ms: float | None = None
     peak_rss_bytes: Count | None = None
     samples_file: str | None = None
+    energy: list[Energy] = Field([])
     samples_ms: list[Positive] = Field([])
     samples_time_s: list[float] = Field([])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -214,6 +215,10 @@ def _ladder_row(rung: str, row: LadderRow | None, teacher: LadderRow | None) -> 
     return Row(cells, strong=rung in ("teacher", "device"))
 
 
+def _energy(model: Latency, rail: str) -> float | None:
+    return next((one.per_inference_mj for one in model.energy if one.rail == rail), None)
+
+
 def latency(document: Document) -> Table | Absent:
     """Both models' latency side by side, and by what factor the student is better."""
     student, teacher = document.latency.student, document.latency.teacher
@@ -233,6 +238,10 @@ def latency(document: Document) -> Table | Absent:
         ("peak memory (RSS)", lambda m: m.peak_rss_bytes, size),
         ("inferences timed", lambda m: m.n, lambda v: f"{v:,.0f}"),
         ("warm-up, not timed", lambda m: m.warmup_n, lambda v: f"{v:,.0f}"),
+    ]
+    lines += [
+        (f"energy, rail {one.rail}", partial(_energy, rail=one.rail), lambda v: f"{number(v)} mJ")
+        for one in student.energy
     ]
     measured_teacher = None if isinstance(teacher, Absent) else teacher
     rows = []

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from edgekd.report import Document
+from edgekd.report.document import Energy
 from edgekd.report.formatting import milliseconds, percent, times
 from edgekd.report.markdown import markdown_from_document
 from edgekd.report.quantization_tables import passages
@@ -84,3 +85,17 @@ def test_hostile_text_stays_text(report, hostile):
     assert "![i]" not in outside_code
     assert [line for line in outside_code.splitlines() if line.startswith("# ")] == outside_code.splitlines()[:1]
     assert all(len({len(row) for row in rows}) == 1 for rows in tables_in(outside_code))
+
+
+def test_energy_by_rail(document):
+    both = {
+        name: getattr(document.latency, name).model_copy(
+            update={"energy": [Energy(rail="VDD_IN", sensor="ina3221", per_inference_mj=used, launches=9)]}
+        )
+        for name, used in (("student", 2.0), ("teacher", 9.0))
+    }
+    measured = document.model_copy(update={"latency": document.latency.model_copy(update=both)})
+    latency = tables_in(markdown_from_document(measured))[2]
+    name, *cells = [cell.strip().replace("\\", "").replace("*", "") for cell in latency[-1]]
+    assert (name, cells) == ("energy, rail VDD_IN", ["2.00 mJ", "9.00 mJ", times(4.5)])
+    assert not any("energy" in row[0] for row in tables_in(markdown_from_document(document))[2])
