@@ -1,0 +1,172 @@
+"""TVM against ONNX Runtime in fp32 and INT8, untuned, ReLU and LMA: what a compiler with fusion gains at inference.
+
+Batch 1, one thread, 3x32x32. The contenders take turns within a round and are timed by the thread's own clock, which
+other programs disturb less than the wall's; a ratio is taken per round, and its median, 10th and 90th percentile given.
+
+    python benchmarks/tvm_cpu.py [--rounds 40] [--networks "ResNet-20" ...] [--json] [--report]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from results import spread, summary, table, write_section
+from torch import nn
+
+from edgekd import registry
+from edgekd.activations import multi_segment_layers
+from edgekd.backends import Backend, Engine, load_runner
+from edgekd.data import Shape
+from edgekd.export import export
+from edgekd.networks import build
+from edgekd.quantize import dialects, ptq
+
+RUNS_PER_TURN = 4
+SHAPE, CLASSES, SEGMENTS = Shape(3, 32, 32), 10, 8
+IMAGE = SHAPE.channels, SHAPE.height, SHAPE.width
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LMA student 3": ("lma_student", {"size": 3}),
+    "ResNet-20": ("resnet", {"depth": 20}),
+    "WRN-16-2": ("wrn", {"depth": 16, "k": 2}),
+    "MobileNetV2": ("mobilenet_v2", {}),
+}
+ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ReLU": ("relu", {}),
+    "LMA": ("lma", {"k": SEGMENTS}),
+    "LMA continuous": ("lma", {"k": SEGMENTS, "continuous": True}),
+}
+BACKENDS = {"TVM": "tvm", "ONNX Runtime": "onnxruntime"}
+PRECISIONS = ("fp32", "int8")
+
+
+def network(name: str, activation: str) -> nn.Module:
+    """With random weights and activations, whose statistics have seen one batch."""
+    made = build(*NETWORKS[name], SHAPE, CLASSES, ACTIVATIONS[activation], seed=0)
+    random = torch.Generator().manual_seed(0)
+    for _, layer in multi_segment_layers(made):
+        nn.init.normal_(layer.slope_deltas, 0, 0.1, generator=random)
+        nn.init.normal_(layer.biases, 0, 0.1, generator=random)
+    with torch.no_grad():
+        made(torch.randn(16, *IMAGE, generator=random))
+    return made.eval()
+
+
+def models(network: nn.Module, activation: str, backend: Backend, folder: Path) -> dict[str, Path]:
+    """The network by precision, in the form and the dialect that the backend runs fastest."""
+    form = backend.forms["continuous" if "continuous" in activation else "any"]
+    folder.mkdir()
+    files = {precision: folder / f"{precision}.onnx" for precision in PRECISIONS}
+    images = np.random.default_rng(1).standard_normal((16, *IMAGE)).astype(np.float32)
+    export(network, files["fp32"], example=images[:1], opset=20, dynamic_batch=False, form=form, metadata={})
+    int8 = ptq.prepare(files["fp32"], images).quantized("minmax", 100)
+    onnx.save(dialects.translated(int8, backend.dialect), files["int8"])
+    return files
+
+
+def engine(model: Path, backend: Backend) -> tuple[Any, dict[str, Any]]:
+    """The model's runner, and what compile said."""
+    folder = model.with_suffix("")
+    folder.mkdir()
+    start = time.perf_counter()
+    facts = backend.compile(model, folder, threads=1)
+    facts["compile_s"] = time.perf_counter() - start
+    return load_runner(Engine("benchmark", folder, backend.runner, backend.name)), facts
+
+
+def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+    """A row for every activation and precision: both runtimes, and each runtime's LMA over its own ReLU."""
+    x = np.random.default_rng(0).standard_normal((1, *IMAGE)).astype(np.float32)
+    backends = {label: registry.create("backend", backend) for label, backend in BACKENDS.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        runners, facts = {}, {}
+        for activation in ACTIVATIONS:
+            made = network(name, activation)
+            for label, backend in backends.items():
+                for precision, model in models(made, activation, backend, Path(folder, activation + label)).items():
+                    key = activation, precision, label
+                    runners[key], facts[key] = engine(model, backend)
+        for runner in runners.values():
+            turn(runner, x)
+        seconds = [{key: turn(runner, x) for key, runner in runners.items()} for _ in range(rounds)]
+    rows = []
+    for precision, activation in itertools.product(PRECISIONS, ACTIVATIONS):
+        row: dict[str, Any] = {"network": name, "activation": activation, "precision": precision}
+        tvm, ort = ((activation, precision, label) for label in BACKENDS)
+        row |= facts[tvm] | {"over_onnxruntime": ratios(seconds, tvm, ort)}
+        row["over_relu"] = {key[2]: ratios(seconds, key, ("ReLU", *key[1:])) for key in (tvm, ort)}
+        row["ms"] = {key[2]: 1e3 * statistics.median(took[key] for took in seconds) for key in (tvm, ort)}
+        rows.append(row)
+    return rows
+
+
+def ratios(seconds: list[dict[Any, float]], over: Any, under: Any) -> dict[str, float]:
+    return summary([took[over] / took[under] for took in seconds])
+
+
+def turn(runner: Any, x: Any) -> float:
+    """Seconds of this thread for one run."""
+    start = time.thread_time()
+    for _ in range(RUNS_PER_TURN):
+        runner.run(x)
+    return (time.thread_time() - start) / RUNS_PER_TURN
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--report", action="store_true", help="write docs/results.md")
+    asked = parser.parse_args()
+    rows = []
+    for name in asked.networks:
+        for row in measure(name, asked.rounds):
+            rows.append(row)
+            if not asked.json:
+                over_relu = ", ".join(f"{label} {spread(ratio)}" for label, ratio in row["over_relu"].items())
+                print(
+                    f"{name:14} {row['precision']} {row['activation']:15} {spread(row['over_onnxruntime'])}"
+                    f"  over ReLU: {over_relu}  {row['kernels']} kernels, compiled in {row['compile_s']:.1f} s",
+                    flush=True,
+                )
+    if asked.json:
+        print(json.dumps({**vars(asked), "onnxruntime": onnxruntime.__version__, "rows": rows}, indent=1))
+    if asked.report:
+        write_section("tvm", "TVM against ONNX Runtime", report(rows, asked.rounds))
+
+
+def report(rows: list[dict[str, Any]], rounds: int) -> str:
+    lines = [
+        [
+            f"{row['network']}, {row['activation']}, {row['precision'].upper()}",
+            spread(row["over_onnxruntime"]),
+            *(spread(row["over_relu"][label]) for label in BACKENDS),
+            str(row["kernels"]),
+            f"{row['compile_s']:.1f}",
+        ]
+        for row in rows
+    ]
+    version, cpu = rows[0]["version"], rows[0]["providers"][0]
+    return (
+        f"Latency of TVM {version} without tuning over ONNX Runtime {onnxruntime.__version__}, batch 1,"
+        f" one thread, {SHAPE.height}x{SHAPE.width} pixels, {cpu}; LMA has {SEGMENTS} segments, each runtime runs the"
+        f" form that it is fastest in, and INT8 in its own dialect. Median of {rounds} interleaved rounds (10th to"
+        " 90th percentile). The next two columns are each runtime's own latency over the same network with ReLU.\n\n"
+        + table(["network", "TVM / ORT", "TVM / its ReLU", "ORT / its ReLU", "TVM kernels", "TVM compiles, s"], lines)
+        + "\n\nMade by `benchmarks/tvm_cpu.py`."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,422 @@
+"""From ONNX to Relax with the channels last: what the schedules of `schedules.py` compute fast.
+
+TVM's own importer keeps ONNX's layout [N, C, H, W], in which a vector over the channels would be gathered from memory.
+Here convolutions, pools and what stands between them work on [N, H, W, C], and weights are packed while they are
+constants. Operators that are not listed here are TVM's own, on the layout that ONNX means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.inliner
+import tvm
+from tvm import relax, te, tirx, topi
+from tvm.ir.expr import GenericConst
+from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
+
+from edgekd.backends.tvm import products
+from edgekd.backends.tvm.dot import Dot
+from edgekd.backends.tvm.processor import Processor
+
+Array = npt.NDArray[Any]
+
+TO_CHANNELS_LAST, TO_CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+AXIS = {0: 0, 1: 3, 2: 1, 3: 2}  # of ONNX's layout: where it stands with the channels last
+ELEMENTWISE = {
+    "Abs", "Add", "And", "Cast", "Ceil", "Div", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater",
+    "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Less", "LessOrEqual", "Log", "Mul", "Neg",
+    "Not", "Or", "Pow", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Softplus", "Sqrt", "Sub", "Tanh",
+}  # fmt: skip
+
+
+def import_model(path: Path, processor: Processor) -> tvm.IRModule:
+    """The model as a Relax module with one function `main`.
+
+    Raises tvm.error.OpNotImplemented, which names the operators that TVM does not know.
+    """
+    model = onnx.inliner.inline_local_functions(onnx.load(path))
+    del model.graph.output[1:]  # as with the other runtimes, the logits are the first output
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return Importer(processor).from_onnx(model.graph, opset)
+
+
+@dataclass(frozen=True)
+class Node:
+    """An ONNX node while it is converted."""
+
+    inputs: list[Any]  # Relax expressions; None where one is left out
+    attributes: dict[str, Any]
+
+    def constant(self, index: int) -> Array | None:
+        """An input's value, if it is there and constant."""
+        given = self.inputs[index] if index < len(self.inputs) else None
+        return given.value.numpy() if isinstance(given, GenericConst) else None
+
+    def integers(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """An attribute that lists integers."""
+        return tuple(int(one) for one in self.attributes.get(name, default))
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What a value is made of: int8 codes times the scale, which is one or one per output channel."""
+
+    codes: Any  # a variable, or the array itself where it is constant
+    scale: Array
+
+
+class Importer(ONNXGraphImporter):  # type: ignore[misc]
+    """TVM's importer, but with the channels last where it matters.
+
+    Every value is known by its variable in ONNX's layout. One that was computed with the channels last is transposed
+    back for whoever does not ask for that; transposes that nobody reads are removed afterwards.
+    """
+
+    def __init__(self, processor: Processor) -> None:
+        super().__init__({}, "float32", sanitize=False)
+        self.processor = processor
+        self._channels_last: dict[Any, Any] = {}
+        self.codes: dict[Any, Codes] = {}  # of values that were dequantized
+
+    def _convert_operator(self, op_name: str, inputs: list[Any], attrs: dict[str, Any], opset: int) -> Any:
+        node = Node(list(inputs), attrs)
+        if convert := CONVERTERS.get(op_name):
+            made = convert(self, node)
+        elif op_name in ELEMENTWISE and (operands := self.operands(node)):
+            made = super()._convert_operator(op_name, operands, attrs, opset)
+        else:
+            made = None
+        if made is None:
+            return super()._convert_operator(op_name, inputs, attrs, opset)
+        plain = made.ty.ndim != 4 or self.has_channels_last(made) or isinstance(made, GenericConst)
+        return made if plain else self.back(made)
+
+    def operands(self, node: Node) -> list[Any]:
+        """The inputs of an elementwise operator with the channels last; empty when it is not worth it, or cannot be."""
+        if not any(map(self.has_channels_last, node.inputs)):
+            return []
+        operands = [self._operand(value) for value in node.inputs]
+        return [] if None in operands else operands
+
+    def _operand(self, value: Any) -> Any:
+        if isinstance(value, GenericConst):
+            return self._constant(value.value.numpy())
+        return self.channels_last(value) if value is not None and value.ty.ndim == 4 else None
+
+    def _constant(self, array: Array) -> Any:
+        """A constant that is broadcast to [N, C, H, W], so that it broadcasts to [N, H, W, C]."""
+        if array.size == 1:
+            return relax.const(array.reshape(()), array.dtype.name)  # one number becomes a part of the loop
+        last = array.reshape((1,) * (4 - array.ndim) + array.shape).transpose(TO_CHANNELS_LAST)
+        return relax.const(np.ascontiguousarray(last), array.dtype.name)
+
+    def has_channels_last(self, value: Any) -> bool:
+        """Whether a value is at hand with the channels last."""
+        return isinstance(value, relax.Var) and value in self._channels_last
+
+    def channels_last(self, value: Any) -> Any:
+        """A value [N, C, H, W] as [N, H, W, C]."""
+        if value not in self._channels_last:
+            self._channels_last[value] = self.bb.emit(relax.op.permute_dims(value, list(TO_CHANNELS_LAST)))
+        return self._channels_last[value]
+
+    def back(self, value: Any) -> Any:
+        """A value [N, H, W, C] as [N, C, H, W], by which it is known from here on."""
+        if not isinstance(value, relax.Var):  # a second name of a value would keep it from being fused
+            value = self.bb.emit(value)
+        first = self.bb.emit(relax.op.permute_dims(value, list(TO_CHANNELS_FIRST)))
+        self._channels_last[first] = value
+        return first
+
+    def call(self, compute: Callable[..., Any], *args: Any, name: str) -> Any:
+        """Emit a loop nest that is given as a tensor expression."""
+        return self.bb.emit_te(compute, *args, primfunc_name_hint=name)
+
+    def vector(self, values: Array) -> Any:
+        """A constant [C] that broadcasts along the last dimension."""
+        return relax.const(np.ascontiguousarray(values.reshape(-1)), values.dtype.name)
+
+
+def convolution(importer: Importer, node: Node) -> Any:
+    """Conv in two dimensions with constant weights, and its bias."""
+    weights, bias = node.constant(1), node.constant(2)
+    if weights is None or weights.ndim != 4 or (bias is None) != (len(node.inputs) < 3):
+        return None
+    window = _window(node, weights.shape[2:])
+    if window is None:
+        return None
+    groups = int(node.attributes.get("group", 1))
+    x, kernel = importer.codes.get(node.inputs[0]), importer.codes.get(node.inputs[1])
+    if x and kernel and groups == 1 and importer.processor.dot:
+        made = _convolution_of_codes(importer, x, kernel, window, importer.processor.dot)
+    else:
+        product = products.convolution(weights, groups, window, importer.processor)
+        packed = relax.const(product.weights, product.weights.dtype.name)
+        made = importer.call(product.compute, importer.channels_last(node.inputs[0]), packed, name=product.name)
+    return made if bias is None else importer.bb.emit(relax.op.add(made, importer.vector(bias)))
+
+
+def _convolution_of_codes(importer: Importer, x: Codes, kernel: Codes, window: products.Window, dot: Dot) -> Any:
+    """The float result of a convolution that is computed in integers."""
+    product, emit = products.integer_convolution(kernel.codes, window, dot), importer.bb.emit
+    packed = relax.const(product.weights, product.weights.dtype.name)
+    sums = importer.call(product.compute, importer.channels_last(x.codes), packed, name=product.name)
+    if dot.offset:
+        sums = emit(relax.op.subtract(sums, importer.vector(products.offset_sums(kernel.codes, dot))))
+    scale = np.broadcast_to((x.scale * kernel.scale).astype(np.float32), (len(kernel.codes),))
+    return emit(relax.op.multiply(emit(relax.op.astype(sums, "float32")), importer.vector(scale)))
+
+
+def dense(importer: Importer, node: Node) -> Any:
+    """MatMul or Gemm of [N, D] with a constant matrix, and its bias."""
+    matrix, bias = node.constant(1), node.constant(2)
+    attributes = node.attributes
+    plain = all(attributes.get(name, 1.0) == 1.0 for name in ("alpha", "beta")) and not attributes.get("transA")
+    if matrix is None or matrix.ndim != 2 or not plain or node.inputs[0].ty.ndim != 2:
+        return None
+    if (bias is None) != (len(node.inputs) < 3) or (bias is not None and bias.size not in (1, bias.shape[-1])):
+        return None
+    product = products.dense(matrix.T if attributes.get("transB") else matrix, importer.processor)
+    packed = relax.const(product.weights, product.weights.dtype.name)
+    made = importer.call(product.compute, node.inputs[0], packed, name=product.name)
+    return made if bias is None else importer.bb.emit(relax.op.add(made, importer.vector(bias)))
+
+
+def pool(kind: str) -> Callable[[Importer, Node], Any]:
+    """MaxPool or AveragePool in two dimensions."""
+
+    def convert(importer: Importer, node: Node) -> Any:
+        kernel = node.integers("kernel_shape", ())
+        window = _window(node, kernel)
+        if window is None or len(kernel) != 2:
+            return None
+        count_padding = bool(node.attributes.get("count_include_pad", 0))
+        ceil = bool(node.attributes.get("ceil_mode", 0))
+
+        def compute(x: Any) -> Any:
+            return topi.nn.pool2d(
+                x, kernel, window.strides, window.dilations, window.pads, kind, ceil, "NHWC", count_padding
+            )
+
+        return importer.call(compute, importer.channels_last(node.inputs[0]), name=f"{kind}_pool")
+
+    return convert
+
+
+def global_average_pool(importer: Importer, node: Node) -> Any:
+    """GlobalAveragePool of [N, C, H, W]."""
+    if node.inputs[0].ty.ndim != 4:
+        return None
+    return importer.bb.emit(relax.op.mean(importer.channels_last(node.inputs[0]), axis=[1, 2], keepdims=True))
+
+
+def reduce_mean(importer: Importer, node: Node) -> Any:
+    """ReduceMean over the image."""
+    x = node.inputs[0]
+    axes = node.constant(1) if len(node.inputs) > 1 else np.asarray(node.integers("axes", ()))
+    if axes is None or x.ty.ndim != 4 or sorted(int(axis) % 4 for axis in axes.reshape(-1)) != [2, 3]:
+        return None
+    keep = bool(node.attributes.get("keepdims", 1))
+    return importer.bb.emit(relax.op.mean(importer.channels_last(x), axis=[1, 2], keepdims=keep))
+
+
+def flatten(importer: Importer, node: Node) -> Any:
+    """Flatten or Reshape of [N, C, 1, 1] to [N, C]: nothing is moved."""
+    x = node.inputs[0]
+    if not importer.has_channels_last(x) or [int(size) for size in list(x.ty.shape)[2:]] != [1, 1]:
+        return None
+    shape = node.constant(1) if len(node.inputs) > 1 else np.asarray([0, -1])
+    channels = int(x.ty.shape[1])
+    if shape is None or shape.size != 2 or int(shape[1]) not in (-1, channels):
+        return None
+    return importer.bb.emit(relax.op.squeeze(importer.channels_last(x), axis=[1, 2]))
+
+
+def quantize(importer: Importer, node: Node) -> Any:
+    """QuantizeLinear of [N, C, H, W] with one constant scale; that of a constant is a constant."""
+    array, scale, zero = (node.constant(index) for index in range(3))
+    if scale is None or zero is None or scale.ndim > 1 or zero.dtype not in (np.int8, np.uint8):
+        return None
+    limits = np.iinfo(zero.dtype)
+    if array is not None:
+        along = _along(node, scale, array.ndim)
+        codes = np.rint(array / scale.reshape(along)) + zero.astype(np.float32).reshape(along)
+        return relax.const(codes.clip(limits.min, limits.max).astype(zero.dtype), zero.dtype.name)
+    if scale.size > 1 or node.inputs[0].ty.ndim != 4:
+        return None
+    factor, offset = (tirx.const(float(value), "float32") for value in (np.float32(1) / scale.item(), zero.item()))
+    low, high = (tirx.const(float(limit), "float32") for limit in (limits.min, limits.max))
+
+    def compute(x: Any) -> Any:
+        def code(*at: Any) -> Any:
+            return te.max(te.min(tirx.nearbyint(x(*at) * factor) + offset, high), low).astype(zero.dtype.name)
+
+        return te.compute(x.shape, code, name="quantized")
+
+    return importer.call(compute, importer.channels_last(node.inputs[0]), name="quantize")
+
+
+def dequantize(importer: Importer, node: Node) -> Any:
+    """DequantizeLinear with a constant scale and the zero point 0; that of a constant is a constant."""
+    array, scale, zero = (node.constant(index) for index in range(3))
+    if scale is None or zero is None or scale.ndim > 1:
+        return None
+    signed = zero.dtype == np.int8 and not zero.any()
+    if array is not None:
+        along = _along(node, scale, array.ndim)
+        value = (array.astype(np.int32) - zero.astype(np.int32).reshape(along)) * scale.reshape(along)
+        made = relax.const(value.astype(np.float32), "float32")
+        if signed and along[1:] == [1] * len(along[1:]):
+            importer.codes[made] = Codes(array, scale.reshape(-1))
+        return made
+    codes = node.inputs[0]
+    if codes.ty.ndim != 4 or scale.size > 1:
+        return None
+    number = importer.bb.emit(relax.op.astype(importer.channels_last(codes), "float32"))
+    if zero.any():
+        number = importer.bb.emit(relax.op.subtract(number, relax.const(float(zero.item()), "float32")))
+    first = importer.back(relax.op.multiply(number, relax.const(float(scale.item()), "float32")))
+    if signed:
+        importer.codes[first] = Codes(codes, scale.reshape(-1))
+    return first
+
+
+def _along(node: Node, scale: Array, dimensions: int) -> list[int]:
+    """The shape in which one scale, or one per entry of the node's axis, meets an array."""
+    axis = int(node.attributes.get("axis", 1)) % max(dimensions, 1)
+    return [-1 if scale.size > 1 and at == axis else 1 for at in range(dimensions)]
+
+
+def batch_normalization(importer: Importer, node: Node) -> Any:
+    """BatchNormalization of [N, C, H, W] as one multiplication and one addition."""
+    numbers = [node.constant(index) for index in range(1, 5)]
+    if any(array is None for array in numbers) or node.inputs[0].ty.ndim != 4:
+        return None
+    gamma, beta, mean, variance = (np.asarray(array, np.float64) for array in numbers)
+    scale = gamma / np.sqrt(variance + float(node.attributes.get("epsilon", 1e-5)))
+    slope, offset = (importer.vector(array.astype(np.float32)) for array in (scale, beta - mean * scale))
+    scaled = importer.bb.emit(relax.op.multiply(importer.channels_last(node.inputs[0]), slope))
+    return importer.bb.emit(relax.op.add(scaled, offset))
+
+
+def clip(importer: Importer, node: Node) -> Any:
+    """Clip with constant limits. TVM's own also keeps track of NaN, at the price of two more comparisons."""
+    operands = importer.operands(Node(node.inputs[:1], {}))
+    limits = [node.constant(index) for index in (1, 2)]
+    given = [value is not None for value in [*node.inputs[1:3], None, None][:2]]
+    if not operands or given != [limit is not None for limit in limits]:
+        return None
+    (x,) = operands
+    for limit, op in zip(limits, (relax.op.maximum, relax.op.minimum), strict=True):
+        if limit is not None:
+            x = importer.bb.emit(op(x, relax.const(limit.reshape(()), limit.dtype.name)))
+    return x
+
+
+def extreme(op: Callable[[Any, Any], Any]) -> Callable[[Importer, Node], Any]:
+    """Max or Min of several values."""
+
+    def convert(importer: Importer, node: Node) -> Any:
+        operands = importer.operands(node)
+        if not operands:
+            return None
+        made, *others = operands
+        for other in others:
+            made = importer.bb.emit(op(made, other))
+        return made
+
+    return convert
+
+
+def where(importer: Importer, node: Node) -> Any:
+    """Where, with numbers as a part of the loop: so an LMA is picked by comparisons, without a look at memory."""
+    operands = importer.operands(node)
+    if not operands or isinstance(operands[0], GenericConst):
+        return None
+    numbers = [one.value.numpy() if isinstance(one, GenericConst) else None for one in operands]
+    tensors = [one for one, number in zip(operands, numbers, strict=True) if number is None or number.size > 1]
+    if len({str(one.ty.shape) for one in tensors}) > 1:
+        return None
+
+    def compute(*given: Any) -> Any:
+        remaining = iter(given)
+        parts = [
+            next(remaining) if number is None else tirx.const(number.item(), number.dtype.name) for number in numbers
+        ]
+        shape = given[0].shape
+        chosen = [lambda *at, part=part: part(*at) if isinstance(part, te.Tensor) else part for part in parts]
+        return te.compute(shape, lambda *at: tirx.Select(*(value(*at) for value in chosen)), name="chosen")
+
+    return importer.call(compute, *tensors, name="where")
+
+
+def prelu(importer: Importer, node: Node) -> Any:
+    """PRelu with constant slopes."""
+    operands = importer.operands(node)
+    if not operands or node.constant(1) is None:
+        return None
+    (x, slope), zero = operands, relax.const(0.0)
+    below = importer.bb.emit(relax.op.multiply(importer.bb.emit(relax.op.minimum(x, zero)), slope))
+    return importer.bb.emit(relax.op.add(importer.bb.emit(relax.op.maximum(x, zero)), below))
+
+
+def pad(importer: Importer, node: Node) -> Any:
+    """Pad of [N, C, H, W] with a constant."""
+    pads, value = node.constant(1), node.constant(2)
+    constant = node.attributes.get("mode", b"constant") == b"constant"
+    if pads is None or pads.size != 8 or not constant or (len(node.inputs) > 3 and node.inputs[3] is not None):
+        return None
+    before, after = ([int(half[axis]) for axis in TO_CHANNELS_LAST] for half in (pads[:4], pads[4:]))
+    filled = 0.0 if value is None else float(value.reshape(()))
+
+    def compute(x: Any) -> Any:
+        return topi.nn.pad(x, before, after, filled, name="padded")
+
+    return importer.call(compute, importer.channels_last(node.inputs[0]), name="pad")
+
+
+def strided_slice(importer: Importer, node: Node) -> Any:
+    """Slice of [N, C, H, W] with constant limits along C, H and W."""
+    parts = [node.constant(index) for index in range(1, len(node.inputs))]
+    x = node.inputs[0]
+    if not importer.has_channels_last(x) or len(parts) < 3 or any(part is None for part in parts):
+        return None
+    starts, ends, axes, *steps = ([int(one) for one in np.asarray(part).reshape(-1)] for part in parts)
+    stride = steps[0] if steps else [1] * len(axes)
+    if any(axis % 4 == 0 for axis in axes) or min(stride) < 1:
+        return None
+    where = [AXIS[axis % 4] for axis in axes]
+    sizes = [int(x.ty.shape[axis % 4]) for axis in axes]
+    ends = [min(end, size) for end, size in zip(ends, sizes, strict=True)]
+    return importer.bb.emit(relax.op.strided_slice(importer.channels_last(x), where, starts, ends, stride))
+
+
+def concat(importer: Importer, node: Node) -> Any:
+    """Concat of values [N, C, H, W]."""
+    operands = importer.operands(node)
+    axis = int(node.attributes["axis"]) % 4
+    return importer.bb.emit(relax.op.concat(operands, AXIS[axis])) if operands else None
+
+
+def _window(node: Node, kernel: tuple[int, ...]) -> products.Window | None:
+    """How the kernel moves over the image; nothing where ONNX asks for what is not made here."""
+    if node.attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+        return None
+    ones, pads = (1,) * len(kernel), node.integers("pads", (0,) * 2 * len(kernel))
+    return products.Window(node.integers("strides", ones), node.integers("dilations", ones), pads)
+
+
+CONVERTERS: dict[str, Callable[[Importer, Node], Any]] = {
+    "AveragePool": pool("avg"), "BatchNormalization": batch_normalization, "Clip": clip, "Concat": concat,
+    "Conv": convolution, "DequantizeLinear": dequantize, "Flatten": flatten, "Gemm": dense,
+    "GlobalAveragePool": global_average_pool, "MatMul": dense, "Max": extreme(relax.op.maximum),
+    "MaxPool": pool("max"), "Min": extreme(relax.op.minimum), "PRelu": prelu, "Pad": pad, "QuantizeLinear": quantize,
+    "ReduceMean": reduce_mean, "Reshape": flatten, "Slice": strided_slice, "Where": where,
+}  # fmt: skip

@@ -1,0 +1,73 @@
+"""The processor that an engine is made for: what its vectors hold and how many registers it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+
+from edgekd.backends.tvm.dot import SDOT, VNNI, Dot
+
+ARCHITECTURES = ("aarch64", "x86_64")
+# What LLVM calls an instruction set, and what Linux calls it, where they differ in more than underscores.
+LINUX_NAMES = {"dotprod": "asimddp", "fullfp16": "asimdhp", "sve": "sve", "sve2": "sve2"}
+# Instruction sets of x86 that code for a newer processor is likely to use.
+X86_PREFIXES = ("avx", "fma", "f16c", "gfni")
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A CPU as the schedules see it."""
+
+    arch: str  # x86_64 or aarch64
+    cpu: str  # LLVM's name
+    vector_bits: int
+    registers: int  # for vectors
+    threads: int
+    needs: tuple[str, ...]  # instruction sets, as /proc/cpuinfo calls them without underscores
+    dot: Dot | None  # how it multiplies INT8; without one, codes are multiplied as floats
+
+    @property
+    def lanes(self) -> int:
+        """float32 values of one vector."""
+        return self.vector_bits // 32
+
+    def target(self) -> Any:
+        """TVM's target."""
+        return tvm.target.Target(_fields(self.arch) | {"mcpu": self.cpu, "num-cores": self.threads})
+
+
+def host_arch() -> str:
+    """The architecture of this machine."""
+    return str(tvm.target.codegen.llvm_get_system_triple()).partition("-")[0]
+
+
+def processor_of(arch: str, cpu: str, threads: int) -> Processor:
+    """The processor by its LLVM names; empty ones are those of this machine.
+
+    Raises ValueError for one that LLVM does not know.
+    """
+    arch = arch or host_arch()
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"{arch} is no architecture that engines are made for: {', '.join(ARCHITECTURES)}")
+    if not cpu and arch != host_arch():
+        raise ValueError(f"an engine for {arch} needs the option cpu, for example cortex-a76")
+    cpu = cpu or str(tvm.target.codegen.llvm_get_system_cpu())
+    known = {str(name) for name in tvm.target.codegen.llvm_get_cpu_archlist(tvm.target.Target(_fields(arch)))}
+    if cpu not in known:
+        raise ValueError(f"{cpu} is no CPU of {arch} that LLVM knows: {', '.join(sorted(known))}")
+    target = tvm.target.Target(_fields(arch) | {"mcpu": cpu})
+    features = {str(name) for name in tvm.target.codegen.llvm_get_cpu_features(target)}
+    if arch == "aarch64":
+        needs = tuple(sorted(LINUX_NAMES[name] for name in features & LINUX_NAMES.keys()))
+        return Processor(arch, cpu, 128, 32, threads, needs, SDOT if "dotprod" in features else None)
+    needs = tuple(sorted(name for name in features if name.startswith(X86_PREFIXES)))
+    wide = {"avx512f", "avx512vl"} <= features
+    dot = VNNI if wide and "avx512vnni" in features else None
+    bits = 512 if wide else 256 if "avx2" in features else 128
+    return Processor(arch, cpu, bits, 32 if wide else 16, threads, needs, dot)
+
+
+def _fields(arch: str) -> dict[str, Any]:
+    return {"kind": "llvm", "mtriple": f"{arch}-linux-gnu"}

@@ -1,0 +1,200 @@
+"""Convolutions and matrix products as loop nests over packed weights.
+
+The weights are stored as the innermost loops read them: a vector of output channels for every input value, so that one
+input value is multiplied into a whole vector. The number of output channels is rounded up to whole vectors inside the
+loops only; what goes out has the size that ONNX means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tvm import te, tirx, topi
+
+from edgekd.backends.tvm.dot import Dot
+from edgekd.backends.tvm.processor import Processor
+
+Array = npt.NDArray[Any]
+
+# Names of blocks, by which the schedules find them.
+PRODUCT, DEPTHWISE, PADDED, INTEGER_PRODUCT = "product", "depthwise", "padded", "integer_product"
+INTEGER_CONVOLUTION = "integer_convolution"  # a part of the name of every kernel that computes one
+QUAD = 4  # neighbouring codes that one instruction multiplies and adds
+
+
+class Window(NamedTuple):
+    """How a kernel moves over an image: pads are top, left, bottom, right."""
+
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Product:
+    """Packed weights, and what to compute of an input and them."""
+
+    name: str
+    weights: Array
+    compute: Callable[[Any, Any], Any]
+
+
+def convolution(weights: Array, groups: int, window: Window, processor: Processor) -> Product:
+    """A convolution of [N, H, W, C] with weights [O, C / groups, kernel height, kernel width]."""
+    channels = weights.shape[0]
+    if groups == channels and weights.shape[1] == 1:
+        return _depthwise(weights, window)
+    width = vector_width(channels, groups, processor.lanes)
+    per_group = channels // groups
+    packed = pack(weights.transpose(2, 3, 1, 0), width)  # [blocks, height, width, in, vector]
+    _, height, kernel_width, depth, _ = packed.shape
+    (down, right), (high, wide) = window.strides, window.dilations
+
+    def compute(x: Any, packed: Any) -> Any:
+        image = padded(x, window.pads)
+        rows, columns, inner = (
+            te.reduce_axis((0, size), name) for size, name in ((height, "ky"), (kernel_width, "kx"), (depth, "ci"))
+        )
+        n, oh, ow = image.shape[0], *_out(image, (height, kernel_width), window)
+
+        def value(b: Any, h: Any, w: Any, c: Any) -> Any:
+            group = c // per_group * depth if groups > 1 else 0
+            pixel = image[b, h * down + rows * high, w * right + columns * wide, group + inner]
+            return te.sum(pixel * packed[c // width, rows, columns, inner, c % width], axis=[rows, columns, inner])
+
+        whole = te.compute((n, oh, ow, packed.shape[0] * width), value, name=PRODUCT)
+        return _cropped(whole, channels)
+
+    return Product("convolution", packed, compute)
+
+
+def dense(matrix: Array, processor: Processor) -> Product:
+    """The product of [N, D] with a matrix [D, O]."""
+    channels = matrix.shape[1]
+    width = vector_width(channels, 1, processor.lanes)
+    packed = pack(matrix, width)  # [blocks, D, vector]
+
+    def compute(x: Any, packed: Any) -> Any:
+        inner = te.reduce_axis((0, packed.shape[1]), "ci")
+        whole = te.compute(
+            (x.shape[0], packed.shape[0] * width),
+            lambda b, c: te.sum(x[b, inner] * packed[c // width, inner, c % width], axis=[inner]),
+            name=PRODUCT,
+        )
+        return _cropped(whole, channels)
+
+    return Product("dense", packed, compute)
+
+
+def integer_convolution(weights: Array, window: Window, dot: Dot) -> Product:
+    """The INT32 sums of a convolution of codes [N, H, W, C] with codes [O, C, kernel height, kernel width].
+
+    `dot.offset` is added to the codes of the image, zeros around it included: what that adds to the sums is
+    `offset_sums`.
+    """
+    channels, depth = weights.shape[:2]
+    quads = -(-depth // QUAD)
+    filled = np.zeros((channels, quads * QUAD, *weights.shape[2:]), np.int8)
+    filled[:, :depth] = weights
+    packed = pack(filled.transpose(2, 3, 1, 0), dot.lanes)  # [blocks, height, width, in, vector]
+    shape = (*packed.shape[:3], quads, QUAD, dot.lanes)
+    packed = np.ascontiguousarray(packed.reshape(shape).swapaxes(-1, -2))  # [..., in / 4, vector, 4]
+    height, width = weights.shape[2:]
+    (down, right), (high, wide) = window.strides, window.dilations
+
+    def compute(x: Any, packed: Any) -> Any:
+        image = _codes(x, window.pads, quads * QUAD, dot.offset)
+        sizes = {"ky": height, "kx": width, "ci": quads, "quad": QUAD}
+        rows, columns, inner, quad = (te.reduce_axis((0, size), name) for name, size in sizes.items())
+        oh, ow = _out(image, (height, width), window)
+
+        def value(b: Any, h: Any, w: Any, c: Any) -> Any:
+            code = image[b, h * down + rows * high, w * right + columns * wide, inner * QUAD + quad]
+            weight = packed[c // dot.lanes, rows, columns, inner, c % dot.lanes, quad]
+            return te.sum(code.astype("int32") * weight.astype("int32"), axis=[rows, columns, inner, quad])
+
+        whole = te.compute((x.shape[0], oh, ow, packed.shape[0] * dot.lanes), value, name=INTEGER_PRODUCT)
+        return _cropped(whole, channels)
+
+    return Product(INTEGER_CONVOLUTION, packed, compute)
+
+
+def offset_sums(weights: Array, dot: Dot) -> Array:
+    """What the offset of the activations' codes adds to each channel's sum, int32 [O]."""
+    sums: Array = weights.reshape(len(weights), -1).sum(axis=1, dtype=np.int32)
+    return sums * np.int32(dot.offset)
+
+
+def _codes(x: Any, pads: tuple[int, ...], channels: int, offset: int) -> Any:
+    """int8 [N, H, W, C] with zeros around the image and behind the channels, all of it moved by the offset."""
+    top, left, bottom, right = pads
+    n, height, width, depth = x.shape
+    kind = "uint8" if offset else "int8"
+
+    def value(b: Any, h: Any, w: Any, c: Any) -> Any:
+        inside = tirx.all(h >= top, h < height + top, w >= left, w < width + left, c < depth)
+        moved = (x[b, h - top, w - left, c].astype("int16") + tirx.const(offset, "int16")).astype(kind)
+        return tirx.if_then_else(inside, moved, tirx.const(offset, kind))
+
+    return te.compute((n, height + top + bottom, width + left + right, channels), value, name=PADDED)
+
+
+def _depthwise(weights: Array, window: Window) -> Product:
+    """Every channel with a kernel of its own; the vector goes along the channels of the input."""
+    channels, _, height, width = weights.shape
+    (down, right), (high, wide) = window.strides, window.dilations
+
+    def compute(x: Any, packed: Any) -> Any:
+        image = padded(x, window.pads)
+        rows, columns = te.reduce_axis((0, height), "ky"), te.reduce_axis((0, width), "kx")
+        oh, ow = _out(image, (height, width), window)
+
+        def value(b: Any, h: Any, w: Any, c: Any) -> Any:
+            pixel = image[b, h * down + rows * high, w * right + columns * wide, c]
+            return te.sum(pixel * packed[rows, columns, c], axis=[rows, columns])
+
+        return te.compute((image.shape[0], oh, ow, channels), value, name=DEPTHWISE)
+
+    return Product("depthwise", np.ascontiguousarray(weights[:, 0].transpose(1, 2, 0)), compute)
+
+
+def vector_width(channels: int, groups: int, lanes: int) -> int:
+    """How many output channels one vector holds: all of one group, and no more than half of the last one empty."""
+    if groups > 1:
+        return max(width for width in range(1, lanes + 1) if channels // groups % width == 0)
+    while lanes > 1 and lanes >= 2 * channels:
+        lanes //= 2
+    return lanes
+
+
+def pack(weights: Array, width: int) -> Array:
+    """[..., O] to [O in whole vectors, ..., vector], zeros where there are no more channels."""
+    channels = weights.shape[-1]
+    blocks = -(-channels // width)
+    filled = np.zeros((*weights.shape[:-1], blocks * width), weights.dtype)
+    filled[..., :channels] = weights
+    return np.ascontiguousarray(np.moveaxis(filled.reshape(*weights.shape[:-1], blocks, width), -2, 0))
+
+
+def padded(x: Any, pads: tuple[int, ...]) -> Any:
+    """[N, H, W, C] with zeros around the image."""
+    if not any(pads):
+        return x
+    top, left, bottom, right = pads
+    return topi.nn.pad(x, [0, top, left, 0], [0, bottom, right, 0], tirx.const(0, x.dtype), name=PADDED)
+
+
+def _out(image: Any, kernel: tuple[int, int], window: Window) -> list[Any]:
+    sizes = zip(image.shape[1:3], kernel, window.strides, window.dilations, strict=True)
+    return [(size - (taps - 1) * dilation - 1) // stride + 1 for size, taps, stride, dilation in sizes]
+
+
+def _cropped(whole: Any, channels: int) -> Any:
+    """Without the channels that only fill the last vector."""
+    if int(whole.shape[-1]) == channels:
+        return whole
+    return te.compute((*whole.shape[:-1], channels), lambda *at: whole(*at), name="cropped")

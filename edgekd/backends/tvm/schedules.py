@@ -1,0 +1,318 @@
+"""How the loop nests run on a CPU: tiles that stay in registers, vectors along the channels, everything else fused in.
+
+A function as TVM fuses it is one product (convolution, dense), pool or mean, with what is computed of its input before
+and of its output after. The product's tile is a few pixels by a few vectors of channels, as many sums as registers
+hold; bias, residual, ReLU or LMA are applied to the tile before it is stored, so an activation costs no pass over
+memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+from tvm import s_tir, tirx
+from tvm.s_tir import dlight
+from tvm.s_tir.dlight.base import ScheduleRule
+
+from edgekd.backends.tvm.processor import Processor
+from edgekd.backends.tvm.products import DEPTHWISE, INTEGER_PRODUCT, PADDED, PRODUCT
+
+# Read by more blocks than this, a value of the epilogue is kept in the tile in place of being computed again.
+MAX_COPIES = 2
+# A loop that no vector divides is one long vector up to this many registers, which LLVM splits.
+MAX_VECTORS = 4
+# Below this many values a loop is not worth waking other threads for.
+WORTH_THREADS = 16384
+
+
+class Tile(NamedTuple):
+    """What the innermost loops compute: rows x columns of pixels, vectors of channels."""
+
+    rows: int
+    columns: int
+    vectors: int
+
+    @property
+    def sums(self) -> int:
+        """Registers that hold sums."""
+        return self.rows * self.columns * self.vectors
+
+    @property
+    def loads(self) -> float:
+        """Values loaded for one multiplication: every pixel and every weight is used for the whole tile."""
+        return (self.rows * self.columns + self.vectors) / self.sums
+
+
+def best_tile(rows: int, columns: int, vectors: int, registers: int) -> Tile:
+    """The tile that divides the sizes, fits into the registers and loads least; in doubt the smaller one.
+
+    Each vector of weights takes a register too, and one is left for a pixel.
+    """
+    tiles = (Tile(*sizes) for sizes in itertools.product(_divisors(rows), _divisors(columns), _divisors(vectors)))
+    return min(
+        (tile for tile in tiles if tile.sums + tile.vectors < registers), key=lambda tile: (tile.loads, tile.sums)
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, min(number, 32) + 1) if number % size == 0]
+
+
+def cpu_schedules(processor: Processor) -> Any:
+    """The pass that schedules every function of a module."""
+    rules = (ProductRule, IntegerProductRule, DepthwiseRule, ReductionRule, ElementwiseRule)
+    return dlight.ApplyDefaultSchedule(*(rule(processor) for rule in rules))
+
+
+class Rule(ScheduleRule):  # type: ignore[misc]
+    """Schedules a function of which the rule knows the main block; others it leaves alone."""
+
+    def __init__(self, processor: Processor) -> None:
+        self.processor = processor
+
+    def apply(self, func: Any, target: Any, tunable: bool) -> Any:
+        """The schedule, or nothing."""
+        del target, tunable
+        if not isinstance(func, tirx.PrimFunc) or not func.attrs.get("s_tir", True):
+            return None
+        nest = Nest(s_tir.Schedule(func), self.processor)
+        if not nest.blocks or not self.fits(nest):
+            return None
+        try:
+            self.transform(nest)
+        except s_tir.ScheduleError as error:
+            print(f"{func.attrs.get('global_symbol', 'a function')} is computed in plain loops: {error}")
+            return None
+        return nest.schedule
+
+    def fits(self, nest: Nest) -> bool:
+        """Whether the function is of this rule's kind."""
+        raise NotImplementedError
+
+    def transform(self, nest: Nest) -> None:
+        """Schedule it."""
+        raise NotImplementedError
+
+
+class Nest:
+    """A function's blocks in order, and what all rules do with them."""
+
+    def __init__(self, schedule: Any, processor: Processor) -> None:
+        self.schedule, self.processor = schedule, processor
+        self.blocks = list(schedule.get_child_blocks(schedule.get_sblock("root")))
+        self._names = [self.name(block) for block in self.blocks]  # one that is inlined has no name any more
+        self.reductions = [block for block in self.blocks if self.reduces(block)]
+
+    def name(self, block: Any) -> str:
+        """What the block is called."""
+        return str(self.schedule.get(block).name_hint)
+
+    def reduces(self, block: Any) -> bool:
+        """Whether it sums over something."""
+        return any(int(axis.iter_type) == tirx.IterVar.CommReduce for axis in self.schedule.get(block).iter_vars)
+
+    def loops(self, block: Any) -> tuple[list[Any], list[Any]]:
+        """Loops over the output of a block, and those that it sums over."""
+        kinds = [int(axis.iter_type) for axis in self.schedule.get(block).iter_vars]
+        loops = list(self.schedule.get_loops(block))
+        pairs = list(zip(loops, kinds, strict=True))
+        spatial = [loop for loop, kind in pairs if kind != tirx.IterVar.CommReduce]
+        return spatial, [loop for loop, kind in pairs if kind == tirx.IterVar.CommReduce]
+
+    def extent(self, loop: Any) -> int:
+        """How often it runs; 0 when that is known at run time only."""
+        extent = self.schedule.get(loop).extent
+        return int(extent) if isinstance(extent, tirx.IntImm) else 0
+
+    def before(self, main: Any) -> list[Any]:
+        """The blocks before the main one, in order."""
+        return self.blocks[: self._names.index(self.name(main))]
+
+    def after(self, main: Any) -> list[Any]:
+        """The blocks behind the main one, in order."""
+        return self.blocks[self._names.index(self.name(main)) + 1 :]
+
+    def prepare_inputs(self, main: Any) -> None:
+        """What comes before the main block is computed where it is read; only the zeros around an image are stored."""
+        for block in self.before(main):
+            if self.name(block) != PADDED:
+                self.schedule.compute_inline(block)
+                continue
+            *outer, last = self.schedule.get_loops(block)
+            self.vectorize(last)
+            self.parallel(outer[:2])
+
+    def attach_epilogue(self, main: Any, depth: int) -> None:
+        """Compute what follows on the tile of the main block, which is what lies within its `depth` outer loops."""
+        schedule, blocks = self.schedule, self.after(main)
+        if not blocks:
+            schedule.cache_write(main, 0, "global")
+            blocks = list(schedule.get_consumers(main))
+        *between, last = blocks
+        kept = []
+        for block in between:
+            if len(schedule.get_consumers(block)) > MAX_COPIES:
+                kept.append(block)
+            else:
+                schedule.compute_inline(block)
+        tile = schedule.get_loops(main)[depth - 1]
+        for block in [*kept, last]:
+            schedule.reverse_compute_at(block, tile)
+            *pixels, channels = schedule.get_loops(block)[depth:]
+            self.vectorize(channels)
+            for loop in pixels:
+                schedule.unroll(loop)
+
+    def initialise(self, main: Any, first_sum: Any, unrolled: int) -> None:
+        """Set the sums of a tile to zero before the loop `first_sum`; `unrolled` loops stand around the vector.
+
+        The last step: what is done to the loops of the tile must have been done by then.
+        """
+        *loops, vector = self.schedule.get_loops(self.schedule.decompose_reduction(main, first_sum))
+        self.schedule.vectorize(vector)
+        for loop in loops[len(loops) - unrolled :]:
+            self.schedule.unroll(loop)
+
+    def width(self, extent: int) -> int:
+        """The vectors that a loop of this length is made of: one if none divides it, 1 value if that is too long."""
+        lanes = self.processor.lanes
+        divisors = [width for width in (lanes, lanes // 2, lanes // 4) if width > 1 and extent % width == 0]
+        return divisors[0] if divisors else extent if 0 < extent <= MAX_VECTORS * lanes else 1
+
+    def vectorize(self, loop: Any) -> None:
+        """Run a loop in vectors."""
+        if (width := self.width(self.extent(loop))) > 1:
+            self.schedule.vectorize(self.schedule.split(loop, [None, width])[1])
+
+    def parallel(self, loops: list[Any]) -> None:
+        """Share the outer loops among the threads."""
+        if self.processor.threads > 1:
+            self.schedule.parallel(self.schedule.fuse(*loops))
+
+
+class ProductRule(Rule):
+    """Convolution and dense: sums of a tile stay in registers."""
+
+    def fits(self, nest: Nest) -> bool:
+        """Whether the function has exactly one product."""
+        return [nest.name(block) for block in nest.reductions] == [PRODUCT]
+
+    def transform(self, nest: Nest) -> None:
+        """A vector of weights is multiplied by one input value."""
+        schedule, (main,) = nest.schedule, nest.reductions
+        _, sums = nest.loops(main)
+        *within, vector = tiled(nest, main, int(schedule.get(main).reads[-1].source.shape[-1]), sums)
+        schedule.vectorize(vector)
+        for loop in sums[1:-1]:
+            schedule.unroll(loop)
+        nest.initialise(main, sums[0], len(within))
+
+
+class IntegerProductRule(Rule):
+    """Convolution of INT8 codes: four products and their sum are one instruction."""
+
+    def fits(self, nest: Nest) -> bool:
+        """Whether the function has exactly one product of codes."""
+        return [nest.name(block) for block in nest.reductions] == [INTEGER_PRODUCT]
+
+    def transform(self, nest: Nest) -> None:
+        """A vector of quads of weights is multiplied by one quad of input values."""
+        schedule, (main,), dot = nest.schedule, nest.reductions, nest.processor.dot
+        assert dot is not None
+        _, (*sums, _) = nest.loops(main)
+        *within, vector = tiled(nest, main, dot.lanes, sums)
+        for loop in sums[1:-1]:
+            schedule.unroll(loop)
+        nest.initialise(main, sums[0], len(within))
+        schedule.tensorize(vector, dot.intrinsic())
+
+
+def tiled(nest: Nest, main: Any, width: int, sums: list[Any]) -> list[Any]:
+    """[n, channels, rows, columns] of tiles, within them the sums over kernel and input: the loops of a tile."""
+    schedule = nest.schedule
+    (n, *space, channels), _ = nest.loops(main)
+    rows, columns = [nest.extent(loop) for loop in space] or (1, 1)
+    tile = best_tile(rows, columns, nest.extent(channels) // width, nest.processor.registers)
+    nest.prepare_inputs(main)
+    outer, vectors, vector = schedule.split(channels, [None, tile.vectors, width])
+    tiles, pixels = [], []
+    for loop, size in zip(space, tile[:2], strict=False):
+        out, inside = schedule.split(loop, [None, size])
+        tiles.append(out)
+        pixels.append(inside)
+    schedule.reorder(n, outer, *tiles, *sums, vectors, *pixels, vector)
+    for loop in (vectors, *pixels):
+        schedule.unroll(loop)
+    nest.attach_epilogue(main, 2 + len(tiles))
+    nest.parallel([n, outer, *tiles[:-1]])
+    return [vectors, *pixels, vector]
+
+
+class DepthwiseRule(Rule):
+    """Depthwise convolution: the vector goes along the channels of input, kernel and output alike."""
+
+    def fits(self, nest: Nest) -> bool:
+        """Whether the function has exactly one depthwise convolution."""
+        return [nest.name(block) for block in nest.reductions] == [DEPTHWISE]
+
+    def transform(self, nest: Nest) -> None:
+        """[n, rows, channels, columns] of tiles; within one the sums over the kernel."""
+        schedule, (main,) = nest.schedule, nest.reductions
+        (n, rows, columns, channels), sums = nest.loops(main)
+        nest.prepare_inputs(main)
+        width = nest.width(nest.extent(channels))
+        tile = best_tile(1, nest.extent(columns), 1, nest.processor.registers)
+        blocks, vector = schedule.split(channels, [None, width])
+        tiles, pixels = schedule.split(columns, [None, tile.columns])
+        schedule.reorder(n, rows, tiles, blocks, *sums, pixels, vector)
+        schedule.vectorize(vector)
+        for loop in (pixels, *sums):
+            schedule.unroll(loop)
+        nest.attach_epilogue(main, 4)
+        nest.parallel([n, rows])
+        nest.initialise(main, sums[0], 1)
+
+
+class ReductionRule(Rule):
+    """Pools and means over the image."""
+
+    def fits(self, nest: Nest) -> bool:
+        """Whether it has one reduction along a last dimension that is kept."""
+        if len(nest.reductions) != 1 or nest.name(nest.reductions[0]) in (PRODUCT, INTEGER_PRODUCT, DEPTHWISE):
+            return False
+        spatial, sums = nest.loops(nest.reductions[0])
+        return bool(spatial and sums) and nest.extent(spatial[-1]) > 1
+
+    def transform(self, nest: Nest) -> None:
+        """The vector goes along the last dimension."""
+        schedule, (main,) = nest.schedule, nest.reductions
+        for block in nest.before(main):
+            schedule.compute_inline(block)
+        spatial, sums = nest.loops(main)
+        blocks, vector = schedule.split(spatial[-1], [None, nest.width(nest.extent(spatial[-1]))])
+        schedule.reorder(*spatial[:-1], blocks, *sums, vector)
+        schedule.vectorize(vector)
+        nest.attach_epilogue(main, len(spatial))
+        nest.initialise(main, sums[0], 0)
+
+
+class ElementwiseRule(Rule):
+    """Functions without a reduction: one loop over all values."""
+
+    def fits(self, nest: Nest) -> bool:
+        """Whether nothing is summed."""
+        return not nest.reductions
+
+    def transform(self, nest: Nest) -> None:
+        """All dimensions of fixed size are one loop, in vectors."""
+        schedule, (*others, last) = nest.schedule, nest.blocks
+        for block in others:
+            schedule.compute_inline(block)
+        loops = list(schedule.get_loops(last))
+        if not loops:
+            return
+        nest.vectorize(schedule.fuse(*loops) if all(map(nest.extent, loops)) else loops[-1])
+        outer = schedule.get_loops(last)[0]
+        if nest.extent(outer) * nest.processor.lanes >= WORTH_THREADS:
+            nest.parallel([outer])
