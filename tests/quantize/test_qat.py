@@ -88,7 +88,8 @@ def test_what_is_deployed_computes_what_was_trained(tmp_path, name, activation):
     with torch.no_grad():
         expected = prepared(torch.from_numpy(x)).numpy()
     found = run(model, x)
-    assert np.mean(found.argmax(1) == expected.argmax(1)) >= 0.98
+    # Of noise, by untrained networks: the two largest logits are often close.
+    assert np.mean(found.argmax(1) == expected.argmax(1)) >= 0.9
     assert np.median(np.abs(found - expected).max(1)) < 1e-4 * expected.std()
     assert np.array_equal(run(dialects.uint8_from_int8(model), x), found)
     deployed = dialects.onnxruntime_from_int8(model)
