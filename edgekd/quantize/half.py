@@ -128,14 +128,20 @@ def _reasons(
         if id(node) in inside | kept or not _has_half(graph, node, floats):
             yield at, ""
             continue
-        why_input = next(_beyond(node.input, "input", graph, largest), "")
+        weights, bias = (node.input[:2], node.input[2:]) if id(node) in layer_nodes else (node.input, ())
+        # What a bias loses is added to what the layer makes: below half a unit of that it is nothing.
+        unseen = largest.get(node.output[0], 0.0) / 2048
+        why_input = next(_beyond(weights, "input", graph, largest), "")
+        why_input = why_input or next(_beyond(bias, "input", graph, largest, unseen), "")
         why = why_input or next(_beyond(node.output, "output", graph, largest), "")
         if why:
             # What only hands on values that are too large already is not worth a sentence of its own.
             yield at, why if not why_input or id(node) in layer_nodes else ""
 
 
-def _beyond(names: Collection[str], what: str, graph: Graph, largest: Mapping[str, float]) -> Iterator[str]:
+def _beyond(
+    names: Collection[str], what: str, graph: Graph, largest: Mapping[str, float], unseen: float = 0.0
+) -> Iterator[str]:
     for name in names:
         constant = graph.constants.get(name)
         if constant is None:
@@ -144,7 +150,9 @@ def _beyond(names: Collection[str], what: str, graph: Graph, largest: Mapping[st
         elif constant.dtype == np.float32 and constant.any():
             if not np.abs(constant).max() <= LARGEST:
                 yield f"its constant {name} reaches {np.abs(constant).max():.3g}, fp16 ends at {LARGEST:.0f}"
-            elif (sqnr := ptq.sqnr_db(constant, constant.astype(np.float16))) < LOW_SQNR_DB:
+                continue
+            half = constant.astype(np.float16)
+            if np.abs(constant - half).max() > unseen and (sqnr := ptq.sqnr_db(constant, half)) < LOW_SQNR_DB:
                 yield f"its constant {name} is too small for fp16, which would keep {sqnr:.0f} dB of it"
 
 
