@@ -143,7 +143,7 @@ def main() -> None:
     if asked.json:
         print(json.dumps({**vars(asked), "onnxruntime": onnxruntime.__version__, "rows": rows}, indent=1))
     if asked.report:
-        write_section("tvm", "TVM against ONNX Runtime", report(rows, asked.rounds))
+        write_section("tvm_cpu", "TVM against ONNX Runtime", report(rows, asked.rounds))
 
 
 def report(rows: list[dict[str, Any]], rounds: int) -> str:

@@ -224,6 +224,7 @@ def run(job: Job, last: str, on_stage: OnStage = lambda event: None) -> dict[str
         tell("done")
         if main:
             job.store.record(job.run_id, _record(job, made))
+    _disconnect()
     return made
 
 
@@ -360,6 +361,14 @@ def _agreed(stage: Stage, found: bool = False) -> bool:
     distill.processes()
     answer: list[bool] = broadcast_object_list([found])
     return answer[0]
+
+
+def _disconnect() -> None:
+    """Leave the other processes: one that ends while it is connected may be ended with an error."""
+    if "RANK" in os.environ:
+        from edgekd import distill
+
+        distill.processes().destroy_process_group()
 
 
 def _wait_for_all() -> None:

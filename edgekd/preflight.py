@@ -49,6 +49,8 @@ def check(job: Job, to_make: Collection[str]) -> None:
         job.quantizer().require()
         if job.recipe.quantize.calibration is not None:
             _ = job.calibration  # raises for a set that does not fit the data
+    if "student" in to_make:
+        job.method()
     built = {subject: job.build(subject) for subject in SUBJECTS if {subject, "student", "finetune"} & set(to_make)}
     # Taps that do not exist shall not wait for the teacher's last epoch, nor for the student's.
     if "student" in to_make:
