@@ -233,7 +233,7 @@ def test_clocks_are_locked_and_power_is_metered_while_it_measures(board, tmp_pat
     check = f"with open({str(governor)!r}) as file:\n    assert file.read() == 'performance'\n"
     source = Null.runner.read_text().replace("class Runner", check + "\n\nclass Runner")
     (board / "student_runner.py").write_text(source)
-    write_spec(board, lock_clocks=True, min_seconds=0.5)
+    write_spec(board, lock_clocks=True, min_seconds=1.0, block_seconds=0.25)  # long enough for a reading in each
     finished = bench(board, "--root", root)
     assert finished.returncode == 0, finished.stderr
     assert governor.read_text() == "schedutil"
