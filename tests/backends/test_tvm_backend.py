@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from tiny_model import tiny_onnx
 
 pytest.importorskip("tvm", reason="TVM is an extra: pip install 'edgekd[tvm]'")
 pytest.importorskip("tvm_ffi")
@@ -32,8 +33,6 @@ def create(**options):
 @pytest.fixture(scope="module")
 def tiny_engine(tmp_path_factory):
     """A folder with an engine of tiny_onnx with a free batch size, and what compile said of it."""
-    from conftest import tiny_onnx
-
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "engine").mkdir()
     facts = create().compile(tiny_onnx(folder / "tiny.onnx"), folder / "engine", threads=1)

@@ -150,8 +150,9 @@ def check_the_file(tmp_path, network, bits, float_model):
 
     rows = facts["account"]["layers"]
     assert sorted(row["layer"] for row in rows) == sorted(name.removesuffix(".weight") for name in weights)
-    assert [row["quantized"] for row in rows] == [True] * len(rows)  # normalisation, folded in, has few bits everywhere
-    assert all(10 < row["weights_sqnr_db"] < 100 for row in rows)
+    # The first weight is in float, but for the normalisation with few bits that may be folded into it.
+    rounded = [row for row in rows if f"{row['layer']}.weight" != first]
+    assert all(row["quantized"] and 10 < row["weights_sqnr_db"] < 100 for row in rounded)
 
 
 def stored_bytes(model, names):
