@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from tiny_job import Done, make_job
+from tiny_job import TINY, Done, make_job
 
 from edgekd import cli, pipeline
 
@@ -33,6 +33,14 @@ def done(tmp_path_factory) -> Done:
 def own_done(done, tmp_path) -> Done:
     """A copy of `done`, for tests that change it."""
     return Done(Path(shutil.copytree(done.store, tmp_path / "store")), done.run_id)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> Path:
+    """An empty folder with the tiny recipe, to work in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path
 
 
 @pytest.fixture
