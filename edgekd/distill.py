@@ -381,7 +381,7 @@ class _Run:
         self.network.load_state_dict(state["network"])
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for optimizer, saved in zip(self.adversaries, state.get("adversaries", []), strict=True):
+        for optimizer, saved in zip(self.adversaries, state["adversaries"], strict=True):
             optimizer.load_state_dict(saved)
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import pydantic
 from pydantic import Field, PrivateAttr
@@ -146,17 +146,6 @@ class Distill(Named):
         description="keep the teacher's logits on disk, by sample and augmentation: pays when students share a teacher",
     )
     train: Train = Train()
-
-    # Options that came when stores had artifacts of their method: unused they are not dumped, so that keys stay.
-    later: ClassVar[dict[str, tuple[str, ...]]] = {"kd": ("selective", "confidence")}
-
-    @pydantic.model_serializer(mode="wrap")
-    def _without_unused(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        dumped: dict[str, Any] = dump(self)
-        for name in self.later.get(self.method, ()):
-            if name in dumped and dumped[name] == registry.entry("method", self.method).options[name].default:
-                del dumped[name]
-        return dumped
 
 
 class Export(Section):

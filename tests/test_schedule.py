@@ -123,14 +123,3 @@ def test_the_list_of_methods_shows_the_type():
     (row,) = [row for row in catalog.rows("methods") if row["name"] == "kd"]
     assert row["options"]["temperature"]["type"] == "float | schedule"
     assert "temperature=4.0|schedule tau_squared=true " in catalog.options_text(row)
-
-
-def test_unused_later_options_are_not_dumped_so_that_keys_stay():
-    plain = recipe.load("digits").distill.model_dump(mode="json")
-    assert set(plain) == {
-        "method", "scratch", "cache_teacher", "train",
-        "kd_weight", "ce_weight", "temperature", "tau_squared", "kl_reduction",
-    }  # fmt: skip
-    used = recipe.load("digits", ["distill.selective=sure"]).distill.model_dump(mode="json")
-    assert used["selective"] == "sure"
-    assert recipe.load("digits", ["distill.confidence=0.9"]).model_dump()["distill"]["confidence"] == 0.9
