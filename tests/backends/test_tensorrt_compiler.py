@@ -140,7 +140,7 @@ def test_a_compiler_that_hangs_is_ended(make_onnx, tmp_path):
     with pytest.raises(StageError) as caught:
         compiler.compiled(model, log, timeout=0.01)
     assert str(caught.value) == (
-        f"error: tensorrt_rtx did not end within 0.01 s while compiling {model}\n"
+        f"error: tensorrt_rtx, compiling {model}: it did not end within 0.01 s\n"
         f"       it said nothing\n       all of them: {log}\n"
         "fix:   export the model in another form or precision, or compile it on the device"
     )
@@ -155,7 +155,7 @@ def test_a_compiler_that_crashes_does_not_take_us_down(make_onnx, tmp_path, monk
     with pytest.raises(StageError) as caught:
         compiler.compiled(model, log)
     assert str(caught.value) == (
-        f"error: crashing_compiler crashed (SIGABRT) while compiling {model}\n"
+        f"error: crashing_compiler, compiling {model}: it crashed (SIGABRT)\n"
         f"       its last lines:\n         an assertion of mine\n       all of them: {log}\n"
         "fix:   export the model in another form or precision, or compile it on the device"
     )

@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import signal
-import sys
 
 import numpy as np
 import onnx
@@ -19,7 +17,7 @@ pytest.importorskip("tvm_ffi")
 
 from edgekd import registry
 from edgekd.activations import FORMS, multi_segment_layers
-from edgekd.backends.tvm import child, runner
+from edgekd.backends.tvm import runner
 from edgekd.backends.tvm.schedules import best_tile
 from edgekd.errors import MissingError, StageError
 from edgekd.export import export
@@ -250,14 +248,8 @@ def test_it_compiles_for_a_raspberry_pi(make_onnx, tmp_path, cpu):
 def test_a_compiler_that_takes_too_long_is_ended(make_onnx, tmp_path):
     with pytest.raises(StageError) as caught:
         create(timeout=0.01).compile(make_onnx(), tmp_path, threads=1)
-    assert "tvm's compiler did not end within 0.01 s on" in caught.value.what
+    assert caught.value.what.startswith("tvm, compiling ") and "it did not end within 0.01 s" in caught.value.what
     assert str(tmp_path / "log" / "tvm.log") in caught.value.allowed
-
-
-def test_a_compiler_that_crashes_is_told_by_its_signal(tmp_path):
-    crash = f"import os; print('before', flush=True); os.kill(os.getpid(), {signal.SIGSEGV.value})"
-    assert child.ended([sys.executable, "-c", crash], tmp_path / "log", 60) == "crashed (SIGSEGV)"
-    assert child.last_lines(tmp_path / "log") == "its last lines:\n         before"
 
 
 def test_without_tvm_the_extra_is_named(monkeypatch):

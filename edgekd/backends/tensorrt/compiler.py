@@ -10,11 +10,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,8 +21,9 @@ from typing import Any
 
 import onnx
 
+from edgekd.backends import child
 from edgekd.backends.tensorrt.on_device import build as device_build
-from edgekd.errors import MissingError, StageError
+from edgekd.errors import MissingError
 from edgekd.quantize.graph import Graph
 from edgekd.quantize.rules import layer_name, layers_with_weights
 
@@ -33,7 +31,6 @@ MODULE = "tensorrt_rtx"
 EXTRA = "trt-check"
 SM = 86  # Ampere with the instructions of Orin's SM 87, which TensorRT-RTX does not build for
 TIMEOUT_S = 300.0
-LAST_LINES = 8
 # The kernels that multiply. A fused one is called after its steps: what begins with the product computes it on its
 # inputs as they are, `CastMulFc` has made floats of INT8 codes before.
 _PRODUCT = re.compile(r"corr|conv|gemm|matrix", re.IGNORECASE)
@@ -116,42 +113,19 @@ def compiled(model: Path, log: Path, *, sm: int = SM, precision: str = "int8", t
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         shutil.copyfile(model, Path(folder, device_build.MODEL))
         Path(folder, "engine.json").write_text(json.dumps(settings), encoding="utf-8")
-        ended = _run([sys.executable, "-m", "on_device", folder], Path(__file__).parent, log, timeout)
-        result = Path(folder, device_build.RESULT)
-        if ended or not result.is_file():
-            raise StageError(
-                f"{MODULE} {ended or 'ended without a result'} while compiling {model}",
-                allowed=f"{_last_lines(log)}\n       all of them: {log}",
-                fix="export the model in another form or precision, or compile it on the device",
-            )
-        found = json.loads(result.read_text(encoding="utf-8"))
+        found = child.result_of(
+            [sys.executable, "-m", "on_device", folder],
+            Path(folder, device_build.RESULT),
+            what=f"{MODULE}, compiling {model}",
+            fix="export the model in another form or precision, or compile it on the device",
+            timeout=timeout,
+            log=log,
+            cwd=Path(__file__).parent,
+            expected=(0, 1),  # 1: it refuses the model
+        )
     kernels = kernels_from_log(log.read_text(encoding="utf-8", errors="replace"))
     compiler = f"{MODULE} {importlib.metadata.version('tensorrt-rtx')}"
     return Compiled(compiler, sm, tuple(found["refused"]), () if found["refused"] else kernels)
-
-
-def _run(argv: list[str], cwd: Path, log: Path, timeout: float) -> str:
-    """Run a program with its output in `log`; how it ended when that is not by itself, with status 0 or 1."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            argv, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return f"did not end within {timeout:g} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    if status < 0:
-        return f"crashed ({signal.Signals(-status).name})"
-    return "" if status in (0, 1) else f"ended with exit status {status}"
-
-
-def _last_lines(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-    return "its last lines:\n" + "\n".join(f"         {line[:200]}" for line in lines) if lines else "it said nothing"
 
 
 def kernels_from_log(text: str) -> tuple[Kernel, ...]:
