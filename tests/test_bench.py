@@ -9,17 +9,13 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from edgekd import bench
 from edgekd.backends import Engine, write_settings
 from edgekd.backends.null import Null
-from edgekd.bench import (
-    benchmark,
-    correct_from_logits,
-    invalid_because,
-    speedups,
-    summarize,
-    table_from_latencies,
-)
+from edgekd.bench import MIN_LAUNCHES, benchmark
+from edgekd.bench.arrays import correct_from_logits, table_from_latencies
+from edgekd.bench.speedup import speedups
+from edgekd.bench.summary import summarize
+from edgekd.bench.validity import invalid_because
 from edgekd.device import Device
 from edgekd.errors import RecipeError, StageError
 
@@ -357,6 +353,6 @@ def test_foreign_load_is_noticed(run):
 
 @pytest.mark.slow
 def test_a_planted_slowdown_of_3_percent_is_found(run):
-    low, high = run(student_ms=0.5, teacher_ms=0.515, seconds=3.0, launches=bench.MIN_LAUNCHES)["speedup"]["ci95"]
+    low, high = run(student_ms=0.5, teacher_ms=0.515, seconds=3.0, launches=MIN_LAUNCHES)["speedup"]["ci95"]
     assert low > 1.0
     assert high < 1.1

@@ -113,7 +113,7 @@ class Energy(Part):
 
 
 class Latency(Part):
-    """One model's latencies on the target, in the fields of `edgekd.bench`.
+    """One model's latencies on the target, in the fields of `edgekd.bench.summary`.
 
     The early-stopping percentiles are MLPerf's estimates that hold with 99% confidence, None with too few queries.
     The samples are in time order; more than `MAX_SAMPLES` are thinned evenly.

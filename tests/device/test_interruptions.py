@@ -17,7 +17,8 @@ import pytest
 
 from edgekd.backends import Engine, write_settings
 from edgekd.backends.null import Null
-from edgekd.bench import ATTEMPTS, benchmark
+from edgekd.bench import benchmark
+from edgekd.bench.deployment import ATTEMPTS
 from edgekd.device import Device, Job, ssh
 from edgekd.device.porter import processes_in
 from edgekd.errors import ConnectionLost, StageError

@@ -1,0 +1,50 @@
+"""What a device sent back, as arrays: checked before anything is made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.errors import StageError
+
+
+def table_from_latencies(path: Path, name: str) -> npt.NDArray[np.int64]:
+    """The rows (launch, block, start_ns, duration_ns) in a file. Raises StageError when it holds something else."""
+    table = _array(path)
+    if table.ndim != 2 or table.shape[1] != 4 or table.dtype != np.int64 or (table[:, 3] <= 0).any():
+        raise StageError(
+            f"{path.name} does not hold the latencies of the {name}: {table.dtype} {list(table.shape)}",
+            allowed="expected: int64 [N, 4], durations above 0",
+            fix="measure again: edgekd bench",
+        )
+    return table
+
+
+def correct_from_logits(path: Path, labels: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.bool_]:
+    """Which samples the logits [N, K] in a file get right, bool [N]. Raises StageError when they cannot be scored."""
+    logits = _array(path)
+    if logits.ndim != 2 or len(logits) != len(labels):
+        raise StageError(
+            f"the {name} gave logits {list(logits.shape)} for {len(labels)} samples",
+            allowed=f"expected: [{len(labels)}, K]",
+            fix="see whether the engine runs by itself, and measure again",
+        )
+    finite = np.isfinite(logits).all(axis=1)
+    if not finite.all():
+        what = f"the {name}'s logits are not finite, first for sample {int(finite.argmin())}"
+        raise StageError(what, allowed="expected: finite numbers", fix="check the export and the precision")
+    return np.asarray(logits.argmax(axis=1) == labels)
+
+
+def _array(path: Path) -> npt.NDArray[Any]:
+    """An array from a device: never a pickle, and never more memory than the file has bytes."""
+    try:
+        array: npt.NDArray[Any] = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+        return array
+    except (ValueError, OSError, EOFError) as error:
+        raise StageError(
+            f"{path.name} from the device is no array: {error}", allowed="expected: a .npy file", fix="measure again"
+        ) from error

@@ -1,0 +1,152 @@
+"""Engines to the device, the agent run there to its end, and what it measured back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shlex
+import signal
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.backends import Engine
+from edgekd.device import AGENT, JSON_LIMIT_BYTES, Device, Finished, Job, last_lines, parsed
+from edgekd.errors import ConnectionLost, StageError
+
+_log = logging.getLogger(__name__)
+Progress = Callable[[float, float, str], None]  # share done, seconds left, stage
+
+MAX_NPY_BYTES = 1 << 30
+ATTEMPTS = 5  # to go on after an interruption
+ARGV = ("-m", "agent", "bench", "spec.json", "--lifeline")
+
+
+def measured_on(
+    device: Device,
+    engines: Mapping[str, Engine],
+    samples: npt.NDArray[np.float32],
+    settings: Mapping[str, Any],
+    workdir: Path,
+    *,
+    timeout: float,
+    on_progress: Progress | None,
+) -> dict[str, Any]:
+    """What the agent says of the benchmark that `settings` ask for; its arrays are in `workdir` then.
+
+    timeout: seconds, for a device that hangs. Raises StageError when an engine cannot be run there.
+    """
+    bundle = _bundle(engines, samples, settings, workdir)
+    # Named by what is measured: a benchmark that a killed host left on the device is gone on with.
+    with device.job(_sha256(workdir / "spec.json")[:16]) as job:
+        job.put(bundle)
+        argv = [job.python, *ARGV]
+        _measure(job, argv, timeout, on_progress)
+        return _fetch(job, engines, workdir) | {"argv": argv}
+
+
+def _bundle(
+    engines: Mapping[str, Engine], samples: npt.NDArray[np.float32], settings: Mapping[str, Any], workdir: Path
+) -> dict[str, Path]:
+    """All that the device gets, by its name there. The spec among it holds the sha256 of all the rest."""
+    np.save(workdir / "samples.npy", np.ascontiguousarray(samples, np.float32))
+    sent = {"agent": AGENT, "samples.npy": workdir / "samples.npy"}
+    for name, engine in engines.items():
+        sent |= {name: engine.folder, f"{name}_runner.py": engine.runner}
+    models = [{"name": name, "folder": name, "runner": f"{name}_runner.py"} for name in engines]
+    spec = dict(settings, models=models, samples="samples.npy", files=_sha256_by_name(sent))
+    (workdir / "spec.json").write_text(json.dumps(spec, indent=2), encoding="utf-8")
+    # Empty, in the place of one that an earlier run may have left there.
+    (workdir / "result.json").write_bytes(b"")
+    return sent | {"spec.json": workdir / "spec.json", "result.json": workdir / "result.json"}
+
+
+def _measure(job: Job, argv: list[str], timeout: float, on_progress: Progress | None) -> None:
+    """Run the agent to its end. After a lost connection, a restart of the device or the agent's death it goes on with
+    the launch that was interrupted."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            finished = job.run(argv, timeout=timeout, on_stderr_line=_progress_line(on_progress))
+        except ConnectionLost as error:
+            if attempt == ATTEMPTS:
+                raise
+            if _is_over(job):
+                return
+            _log.warning("%s; the benchmark goes on when it is back", error.what)
+            continue
+        if finished.status >= 0:
+            break
+        _log.warning("%s: the agent was killed; the benchmark goes on", job.device.url)
+    if finished.status:
+        raise _failure(finished, job.device.url)
+
+
+def _is_over(job: Job) -> bool:
+    """Whether the agent came to its end before the connection did."""
+    with tempfile.TemporaryDirectory() as folder:
+        job.get("result.json", Path(folder, "result.json"), limit_bytes=JSON_LIMIT_BYTES)
+        return Path(folder, "result.json").stat().st_size > 0
+
+
+def _sha256_by_name(sent: Mapping[str, Path]) -> dict[str, str]:
+    """The digest of every file below the given files and folders, by its path on the device."""
+    digests = {}
+    for name, path in sent.items():
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.is_file() and "__pycache__" not in file.parts:
+                target = name if file == path else f"{name}/{file.relative_to(path).as_posix()}"
+                digests[target] = _sha256(file)
+    return digests
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fetch(job: Job, engines: Mapping[str, Engine], workdir: Path) -> dict[str, Any]:
+    job.get("result.json", workdir / "result.json", limit_bytes=JSON_LIMIT_BYTES)
+    for name in engines:
+        for file in (f"{name}_latency.npy", f"{name}_logits.npy"):
+            job.get(file, workdir / file, limit_bytes=MAX_NPY_BYTES)
+    return parsed((workdir / "result.json").read_text(encoding="utf-8"), "the agent's result.json")
+
+
+def _progress_line(on_progress: Progress | None) -> Callable[[str], None]:
+    def on_line(line: str) -> None:
+        report = _said(line, "progress")
+        if on_progress and report:
+            on_progress(float(report["progress"]), float(report["left_s"]), str(report["stage"]))
+
+    return on_line
+
+
+def _said(line: str, key: str) -> dict[str, Any] | None:
+    """The agent's own line about `key`, among all that a runtime may print."""
+    if not line.startswith(f'{{"{key}"'):
+        return None
+    try:
+        return parsed(line, "a line of the agent")
+    except StageError:
+        return None
+
+
+def _failure(finished: Finished, url: str) -> StageError:
+    lines = [line for line in finished.stderr_tail if not _said(line, "progress")]
+    what, fix = "the agent ended without a result", "see whether the engine runs there by itself"
+    if finished.status < 0:
+        what = f"the agent was killed {ATTEMPTS} times (signal {signal.Signals(-finished.status).name})"
+        fix = "see whether the memory there is enough: sudo dmesg | tail"
+    elif lines and (last := _said(lines[-1], "error")):
+        what = str(last["error"])
+        lines.pop()
+    if "numpy is not installed" in what:
+        fix = shlex.join(["edgekd", "doctor", "--device", url, "--install"])
+    elif "sha256" in what:
+        fix = "send it again: edgekd bench"
+    return StageError(f'benchmark on "{url}": {what}', allowed=last_lines(lines) if lines else "", fix=fix)

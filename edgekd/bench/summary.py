@@ -1,0 +1,106 @@
+"""The result of a measurement: a pure function of what the agent wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd import stats
+from edgekd.bench.speedup import speedups
+from edgekd.bench.validity import invalid_because
+
+
+def summarize(
+    measured: Mapping[str, Any],
+    tables: Mapping[str, npt.NDArray[np.int64]],
+    correct: Mapping[str, npt.NDArray[np.bool_]],
+) -> dict[str, Any]:
+    """The result of a measurement: a pure function of what the agent wrote.
+
+    tables: rows (launch, block, start_ns, duration_ns) by model; correct: bool [N] by model.
+    """
+    change, interval = stats.paired_difference(correct["teacher"], correct["student"])
+    won, lost = (correct["student"] & ~correct["teacher"]).sum(), (correct["teacher"] & ~correct["student"]).sum()
+    launches = speedups(tables["student"], tables["teacher"])
+    speedup, speedup_interval = stats.median_interval(launches)
+    reasons = invalid_because(measured, tables)
+    return {
+        "status": "INVALID" if reasons else "VALID",
+        "reasons": reasons,
+        "latency": {name: _latency(tables[name], measured["models"][name], name) for name in tables},
+        "accuracy": {name: _accuracy(correct[name], name) for name in correct},
+        "speedup": {"value": speedup, "ci95": list(speedup_interval)},
+        "accuracy_change": {"value": change, "ci95": list(interval), "p_value": stats.mcnemar_p(int(won), int(lost))},
+        "speedup_by_launch": launches.tolist(),
+        "telemetry": _telemetry(measured["telemetry"], measured["device"]["cores"]),
+        "device": measured["device"],
+        "energy": {name: _energy(launches) for name, launches in measured["models"].items()},
+        "interruptions": measured["interruptions"],
+        "engines": {name: launches[0]["facts"] for name, launches in measured["models"].items()},
+    }
+
+
+def _telemetry(rows: list[dict[str, Any]], cores: int) -> dict[str, Any]:
+    """The agent's rows as series: seconds since the start, and readings named with their unit."""
+    zones = sorted({zone for row in rows for zone in row["temperature_c"]})
+    series: dict[str, list[float | None]] = {
+        f"{zone}_c": [row["temperature_c"].get(zone) for row in rows] for zone in zones
+    }
+    series["clock_hz"] = [max(row["clock_hz"], default=None) for row in rows]
+    series["load_average"] = [row["load_average"] for row in rows]
+    for rail in sorted({rail for row in rows for rail in row["power_mw"]}):
+        series[f"{rail}_mw"] = [row["power_mw"].get(rail) for row in rows]
+    series["throttled_flags"] = [row["throttled"] for row in rows]
+    for name in ("foreign_cpu", "steal"):
+        series[f"{name}_share"] = [
+            None if row.get(f"{name}_s") is None else max(0.0, row[f"{name}_s"] / (row["seconds"] * cores))
+            for row in rows
+        ]
+    known = {name: values for name, values in series.items() if any(value is not None for value in values)}
+    return {"time_s": [row["time_s"] for row in rows], "series": known}
+
+
+def _latency(table: npt.NDArray[np.int64], launches: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    values = table[:, 3] / 1e6
+    p50, p90, p99 = np.quantile(values, [0.5, 0.9, 0.99])
+    peaks = [launch["peak_rss_bytes"] for launch in launches if launch["peak_rss_bytes"] is not None]
+    return {
+        "p50_ms": float(p50),
+        "p90_ms": float(p90),
+        "p99_ms": float(p99),
+        "p90_early_stopping_ms": stats.early_stopping_percentile(values, 0.90),
+        "p99_early_stopping_ms": stats.early_stopping_percentile(values, 0.99),
+        "mean_ms": float(values.mean()),
+        "std_ms": float(values.std(ddof=1)),
+        "n": len(values),
+        "warmup_n": sum(launch["warmup_n"] for launch in launches),
+        "throughput_per_s": float(1e3 / values.mean()),
+        "import_ms": float(np.median([launch["import_ms"] for launch in launches])),
+        "load_ms": float(np.median([launch["load_ms"] for launch in launches])),
+        "peak_rss_bytes": max(peaks, default=None),
+        "samples_file": f"{name}_latency.npy",
+    }
+
+
+def _energy(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Energy of one inference by rail, while it was timed: the median of the launches."""
+    by_rail: dict[tuple[str, str], list[float]] = {}
+    for launch in launches:
+        for row in launch["energy"]:
+            by_rail.setdefault((row["rail"], row["sensor"]), []).append(row["mj"] / row["queries"])
+    return [
+        {"rail": rail, "sensor": sensor, "per_inference_mj": float(np.median(values)), "launches": len(values)}
+        for (rail, sensor), values in by_rail.items()
+    ]
+
+
+def _accuracy(correct: npt.NDArray[np.bool_], name: str) -> dict[str, Any]:
+    return {
+        "top1": float(correct.mean()),
+        "n": len(correct),
+        "ci95": list(stats.wilson(int(correct.sum()), len(correct))),
+        "logits_file": f"{name}_logits.npy",
+    }
