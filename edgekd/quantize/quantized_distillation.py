@@ -19,23 +19,23 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from edgekd import export
 from edgekd.errors import RecipeError, StageError
 from edgekd.quantize import account
-from edgekd.quantize.buckets import Buckets, Rounded, encode
 from edgekd.quantize.graph import load
 from edgekd.quantize.packing import Packed, float_from_packed, with_packed
 from edgekd.quantize.quantizers import TrainingQuantizer
 from edgekd.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from edgekd.quantize.buckets import Buckets
 
 Array = npt.NDArray[Any]
 # Sixteen levels leave 18 to 20 dB of bell-shaped weights.
@@ -69,6 +69,10 @@ class QuantizedDistillation(TrainingQuantizer):
         Its modules keep their names; a quantized parameter is registered as torch.nn.utils.parametrize does it.
         images: the account of `export` is over the first of them. Raises StageError for weights that have no range.
         """
+        from torch.nn.utils import parametrize
+
+        from edgekd.quantize.buckets import Rounded
+
         self.images = images[: account.IMAGES].cpu().numpy()
         prepared = copy.deepcopy(network)
         names = [name for name, _ in prepared.named_parameters()][1:-1]
@@ -94,6 +98,9 @@ class QuantizedDistillation(TrainingQuantizer):
         that are stored in bits and in float; bits_per_weight: what a packed one takes in the file, with the ranges of
         the buckets; account: layers, compared with the same network with its float weights; warnings.
         """
+        from edgekd import export
+        from edgekd.quantize.buckets import encode
+
         settings: dict[str, Any] = {
             "example": example, "opset": opset, "form": form, "dynamic_batch": dynamic_batch, "metadata": metadata,
         }  # fmt: skip
@@ -145,7 +152,7 @@ def _originals(trained: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def check_range(name: str, weight: Tensor) -> None:
     """Raises StageError for a weight with no finite range, which no bits can cover."""
     values = weight.detach().float()
-    if not torch.isfinite(values.max() - values.min()):  # two finite ends can be too far apart for float32
+    if not (values.max() - values.min()).isfinite():  # two finite ends can be too far apart for float32
         bad = int((~values.isfinite()).sum())
         raise StageError(
             f"the weights {name} cannot be quantized: " + (f"{bad} of {values.numel()} are NaN or infinite" if bad
