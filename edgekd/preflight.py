@@ -45,6 +45,8 @@ def check(job: Job, to_make: Collection[str]) -> None:
         check_device(job).facts()  # a board that does not answer shall not wait for the training
     if any(stage.startswith("engine-") for stage in to_make):
         job.backend.require()
+    if "bench" in to_make:
+        job.backend.libraries()
     if "quantize" in to_make:
         job.quantizer().require()
         if job.recipe.quantize.calibration is not None:

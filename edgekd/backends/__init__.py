@@ -26,12 +26,13 @@ from edgekd.errors import MissingError
 
 @dataclass(frozen=True)
 class Engine:
-    """A compiled model: the `folder` that `compile` wrote, and the `runner` that loads it."""
+    """A compiled model: the `folder` that `compile` wrote, and the `runner` that loads it, with `libraries` beside."""
 
     name: str
     folder: Path
     runner: Path
     backend: str
+    libraries: tuple[Path, ...] = ()
 
 
 class Backend(ABC):
@@ -59,6 +60,13 @@ class Backend(ABC):
             raise MissingError(
                 f'backend "{self.name}" cannot be used here: {why}', allowed="what can be used: edgekd doctor", fix=fix
             )
+
+    def libraries(self) -> list[Path]:
+        """Shared libraries that the runner finds beside itself where it runs, so that nothing is installed there.
+
+        Raises MissingError when one cannot be had.
+        """
+        return []
 
     @abstractmethod
     def check(self, onnx: Path) -> list[str]:

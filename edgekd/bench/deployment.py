@@ -58,6 +58,7 @@ def _bundle(
     sent = {"agent": AGENT, "samples.npy": workdir / "samples.npy"}
     for name, engine in engines.items():
         sent |= {name: engine.folder, f"{name}_runner.py": engine.runner}
+        sent |= {library.name: library for library in engine.libraries}
     models = [{"name": name, "folder": name, "runner": f"{name}_runner.py"} for name in engines]
     spec = dict(settings, models=models, samples="samples.npy", files=_sha256_by_name(sent))
     (workdir / "spec.json").write_text(json.dumps(spec, indent=2), encoding="utf-8")

@@ -46,9 +46,12 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     spec = job.recipe.benchmark
     labels = job.dataset.test.labels[: spec.accuracy_samples]
     engines = {
-        subject: Engine(subject, inputs[f"engine-{subject}"].file(ENGINE), job.backend.runner, job.backend.name)
+        subject: Engine(
+            subject, inputs[f"engine-{subject}"].file(ENGINE), job.backend.runner, job.backend.name,
+            tuple(job.backend.libraries()),
+        )
         for subject in ("student", "teacher")
-    }
+    }  # fmt: skip
     session = work / "session"
     device = Device(job.device or job.target.device, job.store.root / "work" / "local")
     found = benchmark(

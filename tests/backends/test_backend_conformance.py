@@ -17,7 +17,6 @@ from edgekd.device import Device
 from edgekd.errors import StageError
 
 STANDS_ALONE = {"numpy", *sys.stdlib_module_names}
-RUNTIMES = {"tvm": "tvm_ffi"}  # what a runner imports, where that is not called as the backend
 
 
 @pytest.fixture(params=registry.names("backend"))
@@ -72,7 +71,7 @@ def test_the_runner_stands_alone_on_python_3_8(backend):
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported = {name.partition(".")[0] for name in imported}
-    assert imported <= STANDS_ALONE | {RUNTIMES.get(backend.name, backend.name)}
+    assert imported <= STANDS_ALONE | {backend.name}
 
 
 @pytest.mark.parametrize("batch", ["batch", 1])

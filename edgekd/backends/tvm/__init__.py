@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from edgekd.backends import Backend, write_settings
-from edgekd.backends.tvm import child
+from edgekd.backends.tvm import child, libraries
 from edgekd.errors import StageError
 from edgekd.registry import register
 
@@ -37,6 +37,11 @@ class Tvm(Backend):
         """Empty, or why TVM cannot be used here."""
         missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
         return f"{' and '.join(missing)} not installed: pip install 'edgekd[tvm]'" if missing else ""
+
+    def libraries(self) -> list[Path]:
+        """TVM's runtime for the processor that is compiled for."""
+        self.require()
+        return libraries.libraries(self.arch)
 
     def check(self, onnx: Path) -> list[str]:
         """Problems found by onnx's checker and by reading the model as TVM does."""
