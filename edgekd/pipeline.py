@@ -119,6 +119,10 @@ def _engine(job: Job) -> dict[str, Any]:
     return {"backend": job.choice.name, "options": job.choice.options, "threads": job.target.threads}
 
 
+def _build(job: Job) -> dict[str, Any]:
+    return {"run": job.run_id}
+
+
 def _bench(job: Job) -> dict[str, Any]:
     return {"run": job.run_id, **job.recipe.benchmark.model_dump(mode="json")}
 
@@ -142,6 +146,10 @@ def _finetunes(job: Job) -> bool:
     return job.quantizer().trains
 
 
+def _builds_there(job: Job) -> bool:
+    return job.backend.builds_on == "device" and job.has_device
+
+
 # `inputs` names all stages that it may read: those that a job does not want are not there.
 TABLE: tuple[Stage, ...] = (
     Stage("teacher", stages.teacher, _teacher, trains=True),
@@ -154,10 +162,23 @@ TABLE: tuple[Stage, ...] = (
     ),
     Stage("engine-teacher", partial(stages.engine, "teacher"), _engine, ("onnx-teacher",)),
     Stage("engine-student", partial(stages.engine, "student"), _engine, ("onnx-student", "quantize")),
-    Stage("bench", stages.bench, _bench, ("engine-student", "engine-teacher"), measures=True),
+    # Whether what was built before still fits is for the board to say: it is asked in every run.
+    *(
+        Stage(
+            f"build-{one}", partial(stages.build, one), _build, (f"engine-{one}",), wanted=_builds_there, measures=True
+        )
+        for one in SUBJECTS
+    ),
+    Stage(
+        "bench",
+        stages.bench,
+        _bench,
+        ("engine-student", "engine-teacher", "build-student", "build-teacher"),
+        measures=True,
+    ),
 )
 # The last stage that each command of the command line needs; it runs that one and all above it.
-LAST = {"distill": "student", "export": "onnx-student", "quantize": "quantize", "compile": "engine-student",
+LAST = {"distill": "student", "export": "onnx-student", "quantize": "quantize", "compile": "build-student",
         "bench": "bench", "run": "bench"}  # fmt: skip
 
 Action = Literal["reuse", "run", "unknown"]

@@ -22,26 +22,21 @@ SUBJECTS = ("teacher", "student")
 
 def check_device(job: Job) -> Device:
     """The device. Raises for one that cannot be measured on, as far as its URL and the target tell."""
-    if job.target.board is not None and not job.device and job.target.device == "local:":
+    if not job.has_device:
         raise MissingError(
             f"target {job.target.name} is a board, and no device is named",
             allowed="everything up to edgekd compile works without one",
             fix="--device ssh://USER@HOST",
         )
-    if job.backend.builds_on == "device":
-        raise MissingError(
-            f"backend {job.backend.name} builds its engine on the board, which edgekd bench cannot do yet",
-            allowed="it can: edgekd export, quantize, compile and check for this target",
-            fix="measure with another backend: a target file with backends: [onnxruntime]",
-        )
-    return Device(job.device or job.target.device, job.store.root)
+    return job.open_device()
 
 
 def check(job: Job, to_make: Collection[str]) -> None:
     """Find what would fail late in the stages `to_make` before anything is trained: method, networks, backend."""
     if any(stage.startswith("onnx-") for stage in to_make):
         registry.create("backend", "onnxruntime").require()  # the judge of what an ONNX file computes
-    if "bench" in to_make and not (job.device or job.target.device).startswith("local:"):
+    on_device = any(stage == "bench" or stage.startswith("build-") for stage in to_make)
+    if on_device and not (job.device or job.target.device).startswith("local:"):
         check_device(job).facts()  # a board that does not answer shall not wait for the training
     if any(stage.startswith("engine-") for stage in to_make):
         job.backend.require()

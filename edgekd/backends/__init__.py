@@ -8,6 +8,13 @@ copied there as a file, so it imports nothing but the standard library, numpy an
     Runner.run(x) -> logits           # x float32 [B, C, H, W] -> float32 [B, K]
     Runner.facts                      # dict: runtime, version and what is really used (providers, threads)
 
+A backend whose engine belongs to the very chip that runs it builds on the device: `compile` then writes what does so
+there, a package `on_device` among it, which stands alone like a runner:
+
+    python -m on_device . --key   # what an engine made here would belong to: an object in JSON as the last line
+    python -m on_device .         # make the engine, unless one is there that fits; writes build.json, whose `files`
+                                  # are those made, with their sha256. Exit status 1: refused, the last lines say why
+
 To add a backend, write such a folder; tests/backends/test_backend_conformance.py then tests it on arrival.
 """
 
@@ -42,6 +49,8 @@ class Backend(ABC):
     precisions: ClassVar[tuple[str, ...]]
     # On a device: `compile` only prepares the files, since the engine depends on the very chip that runs it.
     builds_on: ClassVar[Literal["host", "device"]]
+    # Of one that builds on the device: what the build may leave there, and the most bytes that each file may have.
+    built_files: ClassVar[Mapping[str, int]] = {}
     # The ONNX form that this backend runs fastest, for an activation with jumps ("any") and without ("continuous").
     forms: ClassVar[Mapping[Literal["any", "continuous"], str]]
     # How it wants a quantized model written, see edgekd.quantize.dialects.
@@ -92,6 +101,17 @@ class Backend(ABC):
 
         Raises MissingError when the runtime or a part of it is absent, StageError when the model cannot be compiled.
         """
+
+    def built(self, folder: Path) -> dict[str, Any]:
+        """What a build on the device made, read from the files that it left in `folder`; ready for JSON.
+
+        Returns:
+            evidence, version, seconds, size_bytes, identity (what the engine belongs to), layers: rows {layer,
+            operator, asked, ran, kernel}, kernels: their number, alarms: sentences; and what else there is to tell.
+
+        Raises StageError when the files are not what a build leaves.
+        """
+        raise NotImplementedError(f"{self.name} builds on the host")
 
 
 def write_settings(out: Path, settings: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 # Commands that end with one of these stages exit with the verdict on what they made.
-JUDGED = ("quantize", "engine-student", "bench")
+JUDGED = ("quantize", "build-student", "bench")
 # What of the report's ladder fits on a terminal of 80 columns.
 LADDER_COLUMNS = ("Rung", "Top-1", "95% interval", "To teacher", "Size", "Params")
 

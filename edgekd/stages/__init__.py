@@ -4,12 +4,13 @@ and scratch that survives a kill. It returns the result that goes into the manif
 torch is imported inside the stages that train or export: planning and reporting work without it.
 """
 
+from edgekd.stages.building import build
 from edgekd.stages.deploying import bench, engine
 from edgekd.stages.exporting import onnx, quantize
 from edgekd.stages.job import CURVES, ENGINE, LABELS, LOGITS, MODEL, WEIGHTS, Inputs, Job
 from edgekd.stages.training import finetune, finetuning, scratch, student, teacher
 
 __all__ = [
-    "CURVES", "ENGINE", "LABELS", "LOGITS", "MODEL", "WEIGHTS", "Inputs", "Job", "bench", "engine", "finetune",
+    "CURVES", "ENGINE", "LABELS", "LOGITS", "MODEL", "WEIGHTS", "Inputs", "Job", "bench", "build", "engine", "finetune",
     "finetuning", "onnx", "quantize", "scratch", "student", "teacher",
 ]  # fmt: skip

@@ -11,7 +11,6 @@ import numpy as np
 from edgekd import backends
 from edgekd.backends import Engine
 from edgekd.bench import benchmark
-from edgekd.device import Device
 from edgekd.errors import StageError
 from edgekd.stages.job import ENGINE, LABELS, LOGITS, MODEL, Inputs, Job, accuracy, test_logits
 
@@ -45,18 +44,11 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     """Deploy both engines to the device and measure them there, interleaved, for speed and accuracy."""
     spec = job.recipe.benchmark
     labels = job.dataset.test.labels[: spec.accuracy_samples]
-    engines = {
-        subject: Engine(
-            subject, inputs[f"engine-{subject}"].file(ENGINE), job.backend.runner, job.backend.name,
-            tuple(job.backend.libraries()),
-        )
-        for subject in ("student", "teacher")
-    }  # fmt: skip
+    engines = {subject: _engine(subject, job, inputs) for subject in ("student", "teacher")}
     session = work / "session"
-    device = Device(job.device or job.target.device, job.store.root / "work" / "local")
     found = benchmark(
         engines["student"], engines["teacher"], samples=job.images(0, len(labels)), labels=labels,
-        device=device, workdir=session, seconds=spec.seconds,
+        device=job.open_device(), workdir=session, seconds=spec.seconds,
         launches=spec.launches, mode=spec.mode, lock_clocks=spec.lock_clocks, seed=job.recipe.seed,
         on_progress=lambda share, left_s, text: job.on_progress(share, text),
     )  # fmt: skip
@@ -65,6 +57,13 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
             shutil.copy(file, out)
     np.save(out / LABELS, labels)
     return found
+
+
+def _engine(subject: str, job: Job, inputs: Inputs) -> Engine:
+    """What runs on the device: what was built there, where that is where it is built."""
+    made = inputs.get(f"build-{subject}", inputs[f"engine-{subject}"])
+    libraries = tuple(job.backend.libraries())
+    return Engine(subject, made.file(ENGINE), job.backend.runner, job.backend.name, libraries)
 
 
 def _dialect(job: Job, inputs: Inputs, work: Path) -> Path:

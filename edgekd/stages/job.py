@@ -17,6 +17,7 @@ from edgekd.artifact import Artifact, Store
 from edgekd.backends import Backend
 from edgekd.data import Dataset
 from edgekd.data import calibration as calibrations
+from edgekd.device import Device
 from edgekd.recipe import Choice, Network, Recipe, choice_from_yaml
 from edgekd.target import Target
 
@@ -80,6 +81,15 @@ class Job:
         """What compiles for the target."""
         made: Backend = registry.create("backend", self.choice.name, options=self.choice.options)
         return made
+
+    @property
+    def has_device(self) -> bool:
+        """Whether there is something to measure on: this machine is a device, a board must be named."""
+        return bool(self.device) or self.target.board is None or self.target.device != "local:"
+
+    def open_device(self) -> Device:
+        """The device; not yet connected."""
+        return Device(self.device or self.target.device, self.store.root / "work" / "local")
 
     def part(self, subject: str) -> Network:
         """The recipe's section for `teacher` or `student`."""

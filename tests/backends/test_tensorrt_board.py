@@ -221,15 +221,29 @@ def program(tmp_path):
     return write
 
 
-def test_it_is_run_three_times_and_every_command_is_kept(program, tmp_path):
+def test_it_is_run_three_times_and_every_command_is_kept(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "engine.json").write_text(json.dumps({**PLAIN, "profile": ""}))
-    found = trtexec.measured(program(LOG), str(tmp_path), seconds=2)
+    (tmp_path / "model.plan").write_bytes(b"engine")
+    built = trtexec.Trtexec(program(LOG)).build(str(tmp_path), {"device": "Orin"}, seconds=2)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0] == "--help"
-    assert [" ".join(argv[1:]) for argv in found["commands"]] == calls[1:]
-    assert found == json.loads((tmp_path / "trtexec.json").read_text())
-    assert found["version"] == [10, 3, 0] and found["kernels_alone"]["latency"]["median"] == 0.8
+    assert [" ".join(argv[1:]) for argv in built["argv"]] == calls[1:]
+    assert built == json.loads((tmp_path / "build.json").read_text())
+    assert (built["module"], built["version"], built["refused"]) == ("trtexec", "10.3.0", [])
+    assert built["identity"] == {"device": "Orin"} and list(built["files"]) == ["model.plan"]
+    assert built["timed"]["kernels_alone"]["latency"]["median"] == 0.8
     assert "--noDataTransfers" in calls[2] and "--noDataTransfers" not in calls[3]
+
+
+def test_a_build_that_failed_leaves_its_last_error_and_no_engine(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "engine.json").write_text(json.dumps({**PLAIN, "profile": ""}))
+    failing = trtexec.Trtexec(program(LOG.replace("&&&& PASSED", "[x] [E] Error[2]: out of memory\n&&&& FAILED"), 0))
+    (tmp_path / "model.plan").write_bytes(b"of before")
+    built = failing.build(str(tmp_path), {}, seconds=2)
+    assert built["refused"] == ["trtexec failed: Error[2]: out of memory"] and built["files"] == {}
+    assert not (tmp_path / "model.plan").exists()
 
 
 def test_what_failed_is_shown_by_its_last_lines(program, tmp_path):

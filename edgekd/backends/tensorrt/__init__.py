@@ -39,6 +39,7 @@ class TensorRT(Backend):
     # products always are. Without rounding, `clip_sum` goes into the convolution's own kernel. See docs/results.md.
     forms: ClassVar = {"any": "gather", "continuous": "clip_sum"}
     runner = Path(__file__).with_name("runner.py")
+    built_files: ClassVar = {"model.plan": 4 << 30, "layers.json": 64 << 20, "timing.cache": 256 << 20}
 
     def __init__(
         self,
@@ -110,6 +111,8 @@ class TensorRT(Backend):
         shutil.copytree(ON_DEVICE, out / ON_DEVICE.name, ignore=shutil.ignore_patterns("__pycache__"))
         settings = {
             **DEFAULTS,
+            "threads": threads,
+            "version": self.version,
             "precision": precision_of(model),
             "max_batch": self.max_batch,
             "profile": _profile(model, self.max_batch),
@@ -123,6 +126,19 @@ class TensorRT(Backend):
             "runtime": self.name, "version": self.version, "providers": ["built on the device"], "threads": threads,
             "precision": settings["precision"], "opset": model.opset_import[0].version,
         }  # fmt: skip
+
+    def built(self, folder: Path) -> dict[str, Any]:
+        """What the board built: identity, size, the precision of every layer, alarms; see `built.account`."""
+        from edgekd.backends.tensorrt import built
+
+        try:
+            return built.account(folder)
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+            raise StageError(
+                f"what the board's TensorRT left is not understood: {type(error).__name__}: {error}",
+                allowed=f"looked in {folder}",
+                fix="build again: edgekd compile",
+            ) from error
 
     def _prepared(self, file: Path) -> onnx_package.ModelProto:
         import onnx as onnx_package

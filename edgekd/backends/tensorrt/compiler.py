@@ -38,8 +38,9 @@ _FUSED_PRODUCT = re.compile(r"__myl_(Corr|Conv|Fc|Gemm)")
 _HOST_ONLY = ("shape_call",)
 # How an engine is built when nobody asks for anything else; see on_device.build.SETTINGS.
 DEFAULTS: dict[str, Any] = {
-    "backend": "tensorrt", "module": "tensorrt", "precision": "int8", "max_batch": 1, "profile": "",
-    "workspace_bytes": 0, "optimization_level": 3, "dla_core": -1, "compute_capability": "", "cuda_graph": False,
+    "backend": "tensorrt", "threads": 1, "version": "", "module": "tensorrt", "precision": "int8", "max_batch": 1,
+    "profile": "", "workspace_bytes": 0, "optimization_level": 3, "dla_core": -1, "compute_capability": "",
+    "cuda_graph": False,
 }  # fmt: skip
 
 _LAYER = re.compile(

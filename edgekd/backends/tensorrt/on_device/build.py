@@ -2,12 +2,13 @@
 
 FOLDER/engine.json says how (`SETTINGS` lists its keys), FOLDER/build.json says afterwards what came of it:
 
-    module, version   what built it
+    module, version   what built it: TensorRT's Python module, or trtexec
     mode, tried       how precision was asked for, see `modes`; and what was refused before
     refused           why there is no engine, a sentence each; empty when there is one
     identity          what the engine belongs to, see `identity`
-    plan_sha256       of the engine's file
+    files             sha256 by name of what was made: engine, layer table, timing cache, as far as there are such
     seconds           that the build took
+    argv, timed       of trtexec: its commands, and the times that it measured
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ MODEL, PLAN, LAYERS, TIMING_CACHE, RESULT = "model.onnx", "model.plan", "layers.
 # What engine.json must say.
 SETTINGS = (
     "backend",
+    "threads",
+    "version",  # of the TensorRT that the model was prepared for
     "module",  # tensorrt, or tensorrt_rtx
     "precision",  # fp32, fp16, int8
     "profile",  # the input's name and largest shape, "images:8x3x32x32", where the batch size is open; "" where not
@@ -67,11 +70,22 @@ def modes(trt: Any, precision: str) -> list[Mode]:
     return [Mode("strongly typed", ("EXPLICIT_BATCH", "STRONGLY_TYPED"), ()), flags]
 
 
+def settings_of(folder: str) -> dict[str, Any]:
+    """What engine.json says."""
+    with open(os.path.join(folder, "engine.json"), encoding="utf-8") as file:
+        settings = json.load(file)  # type: dict[str, Any]
+    return settings
+
+
+def module(settings: dict[str, Any]) -> Any:
+    """TensorRT. Raises ImportError where it is not."""
+    return importlib.import_module(settings["module"])
+
+
 def build(folder: str, identity: dict[str, Any]) -> dict[str, Any]:
     """Make the engine, try the next mode when one is refused, and write what came of it."""
-    with open(os.path.join(folder, "engine.json"), encoding="utf-8") as file:
-        settings = json.load(file)
-    trt = importlib.import_module(settings["module"])
+    settings = settings_of(folder)
+    trt = module(settings)
     logger = _logger(trt)
     result = {
         "module": settings["module"], "version": trt.__version__, "identity": identity, "refused": [], "tried": [],
@@ -86,13 +100,32 @@ def build(folder: str, identity: dict[str, Any]) -> dict[str, Any]:
             result["tried"].append({"mode": mode.name, "refused": refused.reasons})
             continue
         result["refused"] = []
-        _write(os.path.join(folder, PLAN), plan)
-        result.update(plan_sha256=hashlib.sha256(plan).hexdigest())
+        write(os.path.join(folder, PLAN), plan)
         _write_layers(trt, logger, folder, plan)
         break
     result["seconds"] = time.monotonic() - started
-    _write(os.path.join(folder, RESULT), json.dumps(result, indent=2, sort_keys=True).encode())
+    return finished(folder, result)
+
+
+def finished(folder: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Write build.json and return it; what was refused leaves no engine."""
+    made = {name: os.path.join(folder, name) for name in (PLAN, LAYERS, TIMING_CACHE)}
+    if result["refused"]:
+        for name in (PLAN, LAYERS):
+            with contextlib.suppress(OSError):
+                os.remove(made[name])
+    result["files"] = {name: sha256(path) for name, path in made.items() if os.path.isfile(path)}
+    write(os.path.join(folder, RESULT), json.dumps(result, indent=2, sort_keys=True).encode())
     return result
+
+
+def sha256(path: str) -> str:
+    """Digest of a file, read in pieces: a board has little memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _build(trt: Any, logger: Any, folder: str, settings: dict[str, Any], mode: Mode) -> bytes:
@@ -115,7 +148,7 @@ def _build(trt: Any, logger: Any, folder: str, settings: dict[str, Any], mode: M
     if plan is None:
         raise RefusedError(logger.errors or ["the builder made no engine and did not say why"])
     if cache:
-        _write(os.path.join(folder, TIMING_CACHE), bytes(memoryview(config.get_timing_cache().serialize())))
+        write(os.path.join(folder, TIMING_CACHE), bytes(memoryview(config.get_timing_cache().serialize())))
     return bytes(memoryview(plan))
 
 
@@ -161,7 +194,7 @@ def _write_layers(trt: Any, logger: Any, folder: str, plan: bytes) -> None:
     engine = trt.Runtime(logger).deserialize_cuda_engine(plan) if hasattr(trt, "Runtime") else None
     if engine is not None and hasattr(engine, "create_engine_inspector"):
         text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-        _write(os.path.join(folder, LAYERS), text.encode())
+        write(os.path.join(folder, LAYERS), text.encode())
 
 
 def _bits(kind: Any, names: tuple[str, ...]) -> int:
@@ -195,8 +228,13 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
-def _write(path: str, content: bytes) -> None:
+def write(path: str, content: bytes) -> None:
     """Whole or not at all: a board that runs out of disk leaves no half engine."""
-    with open(path + ".part", "wb") as file:
-        file.write(content)
-    os.replace(path + ".part", path)
+    try:
+        with open(path + ".part", "wb") as file:
+            file.write(content)
+        os.replace(path + ".part", path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".part")
+        raise

@@ -101,7 +101,7 @@ class Cuda:
 
 
 def _library() -> ctypes.CDLL:
-    found = [name for name in (ctypes.util.find_library("cudart"),) if name]
+    found = [name for name in ("libcudart.so", ctypes.util.find_library("cudart")) if name]
     tried = found + [path for place in _PLACES for path in sorted(glob.glob(place), reverse=True)]
     for name in tried:
         try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
+from collections.abc import Callable
 from typing import Any
 
 from .board import board
-from .build import MODEL, PLAN, RESULT, build
+from .build import MODEL, PLAN, RESULT, settings_of, sha256
 from .cuda import Cuda
 
 # What makes two boards different for an engine. Even with the same chip, another number of multiprocessors means other
@@ -23,8 +24,7 @@ def environment(version: str, root: str = "/") -> dict[str, Any]:
 
 def identity(folder: str, here: dict[str, Any]) -> dict[str, Any]:
     """The engine key of the model in a folder, for the board `here`: an engine fits where its key is equal."""
-    with open(os.path.join(folder, "engine.json"), encoding="utf-8") as file:
-        settings = json.load(file)
+    settings = settings_of(folder)
     return dict({name: here[name] for name in ENVIRONMENT}, onnx=sha256(os.path.join(folder, MODEL)), flags=settings)
 
 
@@ -45,14 +45,18 @@ def stale(folder: str, wanted: dict[str, Any]) -> list[str]:
         digest = sha256(os.path.join(folder, PLAN))
     except (OSError, ValueError):
         return ["there is none"]
-    if digest != built.get("plan_sha256"):
+    if digest != built.get("files", {}).get(PLAN):
         return ["its file is damaged, or was not built here"]
     return differences(built.get("identity", {}), wanted)
 
 
-def ensured(folder: str, here: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def ensured(
+    folder: str, here: dict[str, Any], build: Callable[[str, dict[str, Any]], dict[str, Any]]
+) -> tuple[dict[str, Any], list[str]]:
     """build.json of an engine that fits, and why it had to be built; it is built again whenever it does not fit."""
     wanted = identity(folder, here)
+    if refused := older(here["tensorrt"], wanted["flags"]["version"]):
+        return {"refused": [refused]}, []
     why = stale(folder, wanted)
     if why:
         built = build(folder, wanted)
@@ -62,10 +66,13 @@ def ensured(folder: str, here: dict[str, Any]) -> tuple[dict[str, Any], list[str
     return built, why
 
 
-def sha256(path: str) -> str:
-    """Digest of a file, read in pieces: a board has little memory."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            digest.update(piece)
-    return digest.hexdigest()
+def older(here: str, prepared_for: str) -> str:
+    """Why a TensorRT cannot read a model that was prepared for another; empty when it is as new."""
+    ours, wanted = (tuple(int(part) for part in re.findall(r"\d+", text)[:2]) for text in (here, prepared_for))
+    if ours >= wanted:
+        return ""
+    named = ".".join(map(str, ours))
+    return (
+        f"the model was prepared for TensorRT {prepared_for}, and here is {here}: choose another target, or name this"
+        f' version in one of your own: backends: [tensorrt: {{version: "{named}"}}]'
+    )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 import sys
 from typing import Any
 
 import numpy as np
 
-from .build import LAYERS, PLAN
+from .build import LAYERS, PLAN, build, module, settings_of
 from .cuda import TO_DEVICE, TO_HOST, Cuda
 from .identity import ENVIRONMENT, ensured, environment
 from .layers import layers_from_json, on_the_gpu
@@ -26,11 +24,10 @@ class Runner:
     """An engine that fits this board, opened; built first where there is none. `facts` says what really runs."""
 
     def __init__(self, folder: str) -> None:
-        with open(os.path.join(folder, "engine.json"), encoding="utf-8") as file:
-            settings = json.load(file)
+        settings = settings_of(folder)
         trt = _module(settings)
         here = environment(trt.__version__)
-        built, why = ensured(folder, here)
+        built, why = ensured(folder, here, build)
         if why:
             print("built the engine: {}".format("; ".join(why)), file=sys.stderr)
         if built["refused"]:
@@ -136,7 +133,7 @@ def _layers(folder: str, accelerated: bool) -> dict[str, Any]:
 
 def _module(settings: dict[str, Any]) -> Any:
     try:
-        return importlib.import_module(settings["module"])
+        return module(settings)
     except ImportError as error:
         raise EngineError(
             "the Python module {} is not here ({}): sudo apt install python3-libnvinfer, or use trtexec".format(

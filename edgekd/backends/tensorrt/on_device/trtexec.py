@@ -6,13 +6,14 @@ kept in the result as it was given.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import re
 import subprocess
+import time
 from typing import Any
 
-from .build import LAYERS, MODEL, PLAN, TIMING_CACHE
+from .build import LAYERS, MODEL, PLAN, TIMING_CACHE, finished, settings_of
 
 # From a release on: how it is told to stop after building, what precisions and limits are called, and what it must be
 # told in order to time the kernels alone: through a CUDA graph, with a spinning wait, without the copies. In 11 that is
@@ -55,7 +56,12 @@ _SUMMARIES = {
 
 
 class TrtexecError(RuntimeError):
-    """trtexec failed; its last lines are the message."""
+    """trtexec failed; its last lines are the message, its last error the reason."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        errors = re.findall(r"\[E\] (.*)", message)
+        self.reason = "trtexec failed: " + errors[-1] if errors else message
 
 
 def dialect(version: tuple[int, ...]) -> dict[str, Any]:
@@ -134,30 +140,39 @@ def run(argv: list[str], folder: str, log: str) -> str:
     return text
 
 
-def measured(program: str, folder: str, *, seconds: float) -> dict[str, Any]:
-    """Build and time the engine in a folder; the commands, and what each said, in folder/trtexec.json."""
-    with open(os.path.join(folder, "engine.json"), encoding="utf-8") as file:
-        settings = json.load(file)
-    version = version_of(program, folder)
-    found = {"version": list(version), "commands": []}  # type: dict[str, Any]
-    commands = [("build", build_argv(program, version, settings, settings["profile"]))]
-    commands += [
-        (name, time_argv(program, version, seconds=seconds, end_to_end=name == "end_to_end"))
-        for name in ("kernels_alone", "end_to_end")
-    ]
-    for name, argv in commands:
-        found["commands"].append(argv)
-        said = run(argv, folder, f"trtexec-{name}.log")
-        if name != "build":
-            found[name] = timings_from(said)
-    with open(os.path.join(folder, "trtexec.json"), "w", encoding="utf-8") as file:
-        json.dump(found, file, indent=2, sort_keys=True)
-    return found
+class Trtexec:
+    """The program at a path, whose version is asked for first."""
 
+    def __init__(self, program: str) -> None:
+        self.program = program
+        # It has no option for this, but says it before it complains of anything.
+        asked = subprocess.run([program, "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        self.version = version_from(asked.stdout.decode("utf-8", "replace"))
 
-def version_of(program: str, folder: str) -> tuple[int, ...]:
-    """It has no option for this, but says it before it complains of anything."""
-    asked = subprocess.run(
-        [program, "--help"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-    )
-    return version_from(asked.stdout.decode("utf-8", "replace"))
+    @property
+    def version_text(self) -> str:
+        """10.3.0"""
+        return ".".join(map(str, self.version))
+
+    def build(self, folder: str, identity: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+        """Build and time the engine in a folder, as `build.build` does with the module; what each command said is
+        in folder/trtexec-*.log. seconds: that each timing takes."""
+        argv = build_argv(self.program, self.version, settings_of(folder), settings_of(folder)["profile"])
+        result = {
+            "module": "trtexec", "version": self.version_text, "mode": "trtexec", "tried": [], "identity": identity,
+            "refused": [], "seconds": 0.0, "argv": [argv], "timed": {},
+        }  # type: dict[str, Any]  # fmt: skip
+        with contextlib.suppress(OSError):
+            os.remove(os.path.join(folder, LAYERS))
+        started = time.monotonic()
+        try:
+            run(argv, folder, "trtexec-build.log")
+            result["seconds"] = time.monotonic() - started
+            for name in ("kernels_alone", "end_to_end"):
+                argv = time_argv(self.program, self.version, seconds=seconds, end_to_end=name == "end_to_end")
+                result["argv"].append(argv)
+                result["timed"][name] = timings_from(run(argv, folder, f"trtexec-{name}.log"))
+        except TrtexecError as error:
+            print(error)
+            result["refused"] = [error.reason]
+        return finished(folder, result)
