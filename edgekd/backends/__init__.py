@@ -23,7 +23,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -57,6 +57,9 @@ class Backend(ABC):
     dialect: Literal["int8", "onnxruntime_uint8", "onnxruntime_int8"] = "int8"
     # Path of runner.py.
     runner: ClassVar[Path]
+    # A folder for what compiling one model learns for the next, and who is told how far it is: a share and a sentence.
+    kept: Path | None = None
+    on_progress: Callable[[float, str], None] = staticmethod(lambda share, text: None)
 
     @abstractmethod
     def available(self) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
-from collections.abc import Container, Mapping, Sequence
+import time
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgekd.errors import StageError
 
 LAST_LINES = 8
+WATCH_S = 0.5  # between two looks at what a process reports of itself
 
 
 def result_of(
@@ -26,16 +29,18 @@ def result_of(
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
     expected: Container[int] = (0,),
+    watch: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Run a program and read the JSON object that it leaves in the file `result`.
 
     what: the program and its task, as "tvm, compiling student.onnx"; log: where all that it prints is kept, by default
-    for the error alone; environment: variables beside our own; expected: exit statuses that are no failure.
+    for the error alone; environment: variables beside our own; expected: exit statuses that are no failure;
+    watch: called again and again while it runs.
 
     Raises StageError when it crashes, takes longer than `timeout` seconds or leaves no result.
     """
     said = log or result.with_suffix(".log")
-    how = ended(argv, said, timeout, cwd=cwd, environment=environment, expected=expected)
+    how = ended(argv, said, timeout, cwd=cwd, environment=environment, expected=expected, watch=watch)
     if how or not result.is_file():
         raise StageError(
             f"{what}: it {how or 'ended without a result'}",
@@ -54,6 +59,7 @@ def ended(
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
     expected: Container[int] = (0,),
+    watch: Callable[[], None] | None = None,
 ) -> str:
     """Run a program with its output in `log`; how it ended when that was not by itself with an expected status."""
     with log.open("wb") as output:
@@ -62,7 +68,7 @@ def ended(
             env={**os.environ, **(environment or {})}, start_new_session=True,
         )  # fmt: skip
         try:
-            status = process.wait(timeout)
+            status = _wait(process, timeout, watch or (lambda: None))
         except subprocess.TimeoutExpired:
             return f"did not end within {timeout:g} s"
         finally:
@@ -72,6 +78,16 @@ def ended(
     if status < 0:
         return f"crashed ({signal.Signals(-status).name})"
     return "" if status in expected else f"ended with exit status {status}"
+
+
+def _wait(process: subprocess.Popen[bytes], timeout: float, watch: Callable[[], None]) -> int:
+    """The exit status. Raises TimeoutExpired."""
+    until = time.monotonic() + timeout
+    while (left := until - time.monotonic()) > WATCH_S:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(WATCH_S)
+        watch()
+    return process.wait(max(left, 0))
 
 
 def last_lines(log: Path) -> str:

@@ -28,6 +28,8 @@ def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dic
     job.on_progress(0.2, f"compiling for {job.backend.name}")
     built = Engine(subject, out / ENGINE, job.backend.runner, job.backend.name)
     built.folder.mkdir()
+    job.backend.kept = job.store.cache("compile", [job.backend.name])
+    job.backend.on_progress = lambda share, text: job.on_progress(0.2 + 0.3 * share, text)
     facts = job.backend.compile(model, built.folder, threads=job.target.threads)
     result: dict[str, Any] = {"backend": job.backend.name, "facts": facts}
     if job.backend.builds_on == "host":

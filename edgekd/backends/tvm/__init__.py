@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
+import tempfile
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from edgekd.backends import Backend, write_settings
 from edgekd.backends.tvm import child, libraries
-from edgekd.errors import StageError
+from edgekd.errors import RecipeError, StageError
 from edgekd.registry import register
 
 ENGINE = "model.so"
+BUDGETS: dict[str, dict[str, float] | None] = {
+    "none": None,
+    "quick": {"trials": 200, "minutes": 5},
+    "full": {"trials": 3000, "minutes": 60},
+    "unlimited": {"trials": 1_000_000, "minutes": 24 * 60},
+}
 NEEDED = {"tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi", "onnx": "onnx"}
 
 
@@ -21,7 +30,10 @@ class Tvm(Backend):
 
     arch, cpu: what the engine is for, as LLVM calls it: x86_64 or aarch64, and for example cortex-a76. Empty is this
     machine. linker: the C++ compiler that links for `arch`; empty is the usual one.
-    timeout: seconds that the compiler may take.
+    tuning: how long to search for faster loops: none; quick, minutes; full, an hour; or {trials: N, minutes: M}, one or
+    both. Results are kept in the store and serve equal layers of other models, and a killed search goes on.
+    tracker: where kernels are timed, HOST:PORT/KEY of TVM's RPC tracker; empty is this machine.
+    timeout: seconds that the compiler may take beside tuning.
     """
 
     name = "tvm"
@@ -30,8 +42,24 @@ class Tvm(Backend):
     forms: ClassVar = {"any": "where", "continuous": "relu_sum"}
     runner = Path(__file__).with_name("runner.py")
 
-    def __init__(self, *, arch: str = "", cpu: str = "", linker: str = "", timeout: float = 900.0) -> None:
-        self.arch, self.cpu, self.linker, self.timeout = arch, cpu, linker, timeout
+    def __init__(
+        self,
+        *,
+        arch: str = "",
+        cpu: str = "",
+        linker: str = "",
+        tuning: Literal["none", "quick", "full"] | dict[str, float] = "none",
+        tracker: str = "",
+        timeout: float = 900.0,
+    ) -> None:
+        self.arch, self.cpu, self.linker, self.tracker, self.timeout = arch, cpu, linker, tracker, timeout
+        self.budget = _budget(tuning)
+        if tracker and not re.fullmatch(r"[^/]+:\d+/.+", tracker):
+            raise RecipeError(
+                f"backend tvm: tracker = {tracker!r} is no address",
+                allowed="HOST:PORT/KEY, as given to tvm.exec.rpc_tracker and tvm.exec.rpc_server",
+                fix="for example tracker = 192.168.0.2:9190/pi",
+            )
 
     def available(self) -> str:
         """Empty, or why TVM cannot be used here."""
@@ -48,16 +76,15 @@ class Tvm(Backend):
         self.require()
         if problems := _invalid(onnx):
             return problems
-        result = child.run({"onnx": str(onnx), **self._asked(1)}, self.timeout)
+        result = child.run({"onnx": str(onnx), **self._asked(1), "tuning": None}, self.timeout)
         return [f"tvm cannot compile {onnx.name}: {reason}" for reason in result["refused"]]
 
     def compile(self, onnx: Path, out: Path, *, threads: int) -> dict[str, Any]:
         """Compile in a process of its own and write the engine, what it needs of the processor, and the log."""
         self.require()
         (out / "log").mkdir(exist_ok=True)
-        job = {"onnx": str(onnx), "engine": str(out / ENGINE), **self._asked(threads)}
         refused = _invalid(onnx)
-        result = {} if refused else child.run(job, self.timeout, out / "log" / "tvm.log")
+        result = {} if refused else self._compiled(onnx, out, threads)
         if reasons := refused or result["refused"]:
             raise StageError(
                 f"tvm cannot compile {onnx}: {reasons[0]}",
@@ -68,8 +95,39 @@ class Tvm(Backend):
         facts: dict[str, Any] = result["facts"]
         return facts
 
+    def _compiled(self, onnx: Path, out: Path, threads: int) -> dict[str, Any]:
+        """What the child makes, told about while it tunes."""
+        minutes = self.budget["minutes"] if self.budget else 0
+        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+            progress, records = Path(folder, "progress.json"), self.kept or Path(folder)
+            job = {"onnx": str(onnx), "engine": str(out / ENGINE), **self._asked(threads), "tuning": self.budget}
+            job |= {"records": str(records), "progress": str(progress)}
+
+            def tell() -> None:
+                if progress.is_file():
+                    self.on_progress(*json.loads(progress.read_text(encoding="utf-8")))
+
+            return child.run(job, self.timeout + 60 * minutes, out / "log" / "tvm.log", watch=tell)
+
     def _asked(self, threads: int) -> dict[str, Any]:
-        return {"arch": self.arch, "cpu": self.cpu, "linker": self.linker, "threads": threads}
+        options = {"arch": self.arch, "cpu": self.cpu, "linker": self.linker, "tracker": self.tracker}
+        return {**options, "threads": threads}
+
+
+def _budget(tuning: str | dict[str, float]) -> dict[str, float] | None:
+    """When a search ends. Raises RecipeError for what is no budget."""
+    if isinstance(tuning, str):
+        return BUDGETS[tuning]
+    unlimited = BUDGETS["unlimited"]
+    assert unlimited is not None
+    if not tuning or set(tuning) - set(unlimited) or min(tuning.values()) <= 0:
+        raise RecipeError(
+            f"backend tvm: tuning = {tuning} is no budget",
+            allowed="none, quick, full, or {trials: N, minutes: M} with one or both, above 0",
+            fix="set tuning = quick",
+        )
+    asked = unlimited | tuning
+    return {"trials": int(asked["trials"]), "minutes": asked["minutes"]}
 
 
 def _invalid(path: Path) -> list[str]:

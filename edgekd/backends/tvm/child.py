@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from edgekd.backends import child
 ENVIRONMENT = {"TVM_BIND_THREADS": "0", "OMP_NUM_THREADS": "1"}
 
 
-def run(job: Mapping[str, Any], timeout: float, log: Path | None = None) -> dict[str, Any]:
+def run(
+    job: Mapping[str, Any], timeout: float, log: Path | None = None, watch: Callable[[], None] | None = None
+) -> dict[str, Any]:
     """What `edgekd.backends.tvm.compiler` makes of a job.
 
-    All that it prints goes to `log`. Raises StageError when it crashes or takes longer than `timeout` seconds.
+    All that it prints goes to `log`; `watch` is called again and again meanwhile. Raises StageError when it crashes or
+    takes longer than `timeout` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         asked, result = Path(folder, "job.json"), Path(folder, "result.json")
@@ -31,4 +34,5 @@ def run(job: Mapping[str, Any], timeout: float, log: Path | None = None) -> dict
             timeout=timeout,
             log=log,
             environment=ENVIRONMENT,
+            watch=watch,
         )

@@ -1,15 +1,20 @@
 """From ONNX to a shared library. Runs in a process of its own: `python -m edgekd.backends.tvm.compiler JOB RESULT`.
 
 Both are JSON files. The job: onnx, arch, cpu, linker, threads, and `engine`, the library to write; without it the model
-is only read. The result: `refused`, sentences on why nothing was made; else `facts` and the runner's `settings`.
+is only read; `tuning`, None or the search's trials and minutes, with `tracker`, the folder of `records` and the file
+for `progress`. The result: `refused`, sentences on why nothing was made; else `facts` and the runner's `settings`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import shutil
+import signal
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,19 +24,28 @@ if __name__ == "__main__":
 
 import tvm
 import tvm.relax.backend.cpu_generic.pipeline as cpu
-from tvm import relax
+from tvm import relax, tirx
 from tvm.support import cc
 
+from edgekd.artifact import write_synced
+from edgekd.backends.tvm import schedules
+from edgekd.backends.tvm.clock import BoardClock, Clock
 from edgekd.backends.tvm.importer import import_model
-from edgekd.backends.tvm.processor import Processor, host_arch, processor_of
-from edgekd.backends.tvm.products import INTEGER_CONVOLUTION
-from edgekd.backends.tvm.schedules import cpu_schedules
+from edgekd.backends.tvm.processor import Processor, host_arch, processor_of, runs_here
+from edgekd.backends.tvm.products import INTEGER
+from edgekd.backends.tvm.schedules import Plan, cpu_schedules
+from edgekd.backends.tvm.tuning import Budget, Records, kernel_calls, tasks_of, tune
 
+PR_SET_PDEATHSIG = 1  # of Linux
+QUANTILES = {"low": 0.25, "median": 0.5, "high": 0.75}
 LINKERS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
 
 
 def main() -> None:
     """Do the job."""
+    ctypes.CDLL(None).prctl(
+        PR_SET_PDEATHSIG, signal.SIGKILL
+    )  # a search may take an hour: it ends with who asked for it
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     Path(sys.argv[2]).write_text(json.dumps(result_of(job)), encoding="utf-8")
 
@@ -42,24 +56,82 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
         processor = processor_of(job["arch"], job["cpu"], job["threads"])
         module = import_model(Path(job["onnx"]), processor)
         linker = linker_for(processor, job["linker"])
+        clock = clock_for(processor, linker, job["tracker"]) if job["tuning"] else None
     except (tvm.error.OpNotImplemented, ValueError) as error:
         return {"refused": [str(error).strip().splitlines()[0]]}
     if "engine" not in job:
         return {"refused": []}
-    executable, kernels = build(module, processor)
+    module = fused(module, processor)
+    built, found = build(module, processor, {}), None
+    if clock:
+        built, found = tuned(module, built, clock, job)
     engine = Path(job["engine"])
-    executable.export_library(str(engine), fcompile=cc.cross_compiler(linker) if linker else None)
+    built.executable.export_library(str(engine), fcompile=cc.cross_compiler(linker) if linker else None)
     version = tvm.__version__
     facts = {
         "runtime": "tvm", "version": version, "providers": [processor.cpu], "threads": processor.threads,
-        "kernels": len(kernels), "int8_kernels": sum(INTEGER_CONVOLUTION in kernel.name for kernel in kernels),
-        "unscheduled": [kernel.name for kernel in kernels if not kernel.scheduled],
+        "kernels": len(built.kernels),
+        "int8_kernels": sum(INTEGER in kernel.name for kernel in built.kernels),
+        "unscheduled": [kernel.name for kernel in built.kernels if not kernel.scheduled],
+        "tuning": found,
     }  # fmt: skip
     settings = {
         "version": version, "arch": processor.arch, "cpu": processor.cpu, "needs": list(processor.needs),
         "sha256": hashlib.sha256(engine.read_bytes()).hexdigest(),
     }  # fmt: skip
     return {"refused": [], "facts": facts, "settings": settings}
+
+
+def clock_for(processor: Processor, linker: str, tracker: str) -> Clock:
+    """Where kernels are timed. Raises ValueError when the engine runs neither here nor on a board that can be had."""
+    if tracker:
+        return BoardClock(processor, tracker, linker)
+    if runs_here(processor):
+        return Clock(processor)
+    raise ValueError(
+        f"an engine for {processor.cpu} cannot be timed here: name the tracker of a board (option tracker, as"
+        " HOST:PORT/KEY), or set tuning = none"
+    )
+
+
+class Built(NamedTuple):
+    """A whole model, compiled, and the kernels that one inference calls."""
+
+    executable: Any
+    kernels: list[Kernel]
+
+
+def tuned(module: Any, untuned: Built, clock: Clock, job: dict[str, Any]) -> tuple[Built, dict[str, Any]]:
+    """The faster of the tuned and the untuned engine, measured in turn, and facts of the search."""
+    progress, start, trials = Path(job["progress"]), time.monotonic(), 0
+
+    def on_best(tried: int, best: float, first: float) -> None:
+        nonlocal trials
+        trials = tried
+        share = min(1.0, max(tried / budget.trials, (time.monotonic() - start) / (60 * budget.minutes)))
+        text = f"tuning: trial {tried}, kernels take {1e3 * best:.3f} ms, {best / first:.2f} of untuned"
+        write_synced(progress, json.dumps([share, text]))
+
+    budget, tasks = Budget(**job["tuning"]), tasks_of(module, clock.processor)
+    records = Records(Path(job["records"], records_name(clock.processor)))
+    known = sum(plan in task.plans for task in tasks for plan in records.known.get(task.key, ()))
+    chosen = tune(tasks, clock, records, budget, on_best)
+    found: dict[str, Any] = {"tasks": len(tasks), "trials": trials, "known": known, "kept": "untuned", "ratio": None}
+    if any(chosen[task.key] != task.plans[0] for task in tasks):
+        candidate = build(module, clock.processor, chosen)
+        shape = [int(size) if isinstance(size, tirx.IntImm) else 1 for size in module["main"].params[0].ty.shape]
+        turns = clock.engines([untuned.executable, candidate.executable], shape)
+        ratios = sorted(tuned_s / untuned_s for untuned_s, tuned_s in turns)
+        found["ratio"] = {name: ratios[int(share * (len(ratios) - 1))] for name, share in QUANTILES.items()}
+        if found["ratio"]["median"] < 1:
+            untuned, found["kept"] = candidate, "tuned"
+    return untuned, found | {"seconds": time.monotonic() - start}
+
+
+def records_name(processor: Processor) -> str:
+    """Results hold for one processor, number of threads, release of TVM and set of schedules."""
+    source = Path(schedules.__file__).read_bytes() + tvm.__version__.encode()
+    return f"{processor.arch}-{processor.cpu}-{processor.threads}-{hashlib.sha256(source).hexdigest()[:16]}.jsonl"
 
 
 def linker_for(processor: Processor, asked: str) -> str:
@@ -79,35 +151,39 @@ class Kernel(NamedTuple):
     scheduled: bool
 
 
-def build(module: Any, processor: Processor) -> tuple[Any, list[Kernel]]:
-    """The executable, and the kernels that one inference calls."""
+def fused(module: Any, processor: Processor) -> Any:
+    """The module with its operators as few loop nests."""
+    target, transform = processor.target(), relax.transform
+    with target:
+        return tvm.transform.Sequential(
+            [
+                *cpu.library_dispatch_passes(target),
+                transform.DeadCodeElimination(["main"]),
+                transform.DecomposeOpsForInference(),
+                transform.LegalizeOps(),
+                transform.AnnotateTIROpPattern(),
+                transform.FoldConstant(),
+                transform.FuseOps(),
+                transform.FuseTIR(),
+                transform.DeadCodeElimination(["main"]),
+            ]
+        )(module)
+
+
+def build(module: Any, processor: Processor, chosen: Mapping[str, Plan]) -> Built:
+    """Compile a fused module, its kernels scheduled as chosen."""
     target, kernels = processor.target(), list[Kernel]()
 
     @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
     def count(module: Any, context: Any) -> Any:
         del context
-
-        def note(expression: Any) -> None:
-            if isinstance(expression, relax.Call) and expression.op == tvm.ir.Op.get("relax.call_tir"):
-                called = expression.args[0]
-                scheduled = bool(module[called].attrs.get("tirx.is_scheduled", False))
-                kernels.append(Kernel(str(called.name_hint), scheduled))
-
-        relax.analysis.post_order_visit(module["main"], note)
+        for called in kernel_calls(module):
+            scheduled = bool(module[called].attrs.get("tirx.is_scheduled", False))
+            kernels.append(Kernel(str(called.name_hint), scheduled))
         return module
 
-    transform = relax.transform
     passes = [
-        *cpu.library_dispatch_passes(target),
-        transform.DeadCodeElimination(["main"]),
-        transform.DecomposeOpsForInference(),
-        transform.LegalizeOps(),
-        transform.AnnotateTIROpPattern(),
-        transform.FoldConstant(),
-        transform.FuseOps(),
-        transform.FuseTIR(),
-        transform.DeadCodeElimination(["main"]),
-        cpu_schedules(processor),
+        cpu_schedules(processor, chosen),
         count,
         *cpu.dataflow_lower_passes(target),
         *cpu.finalize_passes(target),
@@ -119,7 +195,8 @@ def build(module: Any, processor: Processor) -> tuple[Any, list[Kernel]]:
         with target:
             return tvm.transform.Sequential(passes)(module)
 
-    return relax.build(module, target=target, relax_pipeline=pipeline), kernels
+    fresh = tvm.IRModule(dict(module.functions_items()))  # scheduling changes a module in place
+    return Built(relax.build(fresh, target=target, relax_pipeline=pipeline), kernels)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,12 @@ def host_arch() -> str:
     return str(tvm.target.codegen.llvm_get_system_triple()).partition("-")[0]
 
 
+def runs_here(processor: Processor) -> bool:
+    """Whether this machine runs what is compiled for the processor."""
+    here = processor_of("", "", processor.threads)
+    return processor.arch == here.arch and set(processor.needs) <= set(here.needs)
+
+
 def processor_of(arch: str, cpu: str, threads: int) -> Processor:
     """The processor by its LLVM names; empty ones are those of this machine.
 

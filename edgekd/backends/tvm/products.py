@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 
 # Names of blocks, by which the schedules find them.
 PRODUCT, DEPTHWISE, PADDED, INTEGER_PRODUCT = "product", "depthwise", "padded", "integer_product"
-INTEGER_CONVOLUTION = "integer_convolution"  # a part of the name of every kernel that computes one
+INTEGER = "integer"  # a part of the name of every kernel that sums products of codes
 QUAD = 4  # neighbouring codes that one instruction multiplies and adds
 
 
@@ -120,7 +120,7 @@ def integer_convolution(weights: Array, window: Window, dot: Dot) -> Product:
         whole = te.compute((x.shape[0], oh, ow, packed.shape[0] * dot.lanes), value, name=INTEGER_PRODUCT)
         return _cropped(whole, channels)
 
-    return Product(INTEGER_CONVOLUTION, packed, compute)
+    return Product(f"{INTEGER}_convolution", packed, compute)
 
 
 def offset_sums(weights: Array, dot: Dot) -> Array:

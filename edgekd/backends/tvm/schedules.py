@@ -8,8 +8,11 @@ memory.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from typing import Any, NamedTuple
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from tvm import s_tir, tirx
 from tvm.s_tir import dlight
@@ -24,14 +27,17 @@ MAX_COPIES = 2
 MAX_VECTORS = 4
 # Below this many values a loop is not worth waking other threads for.
 WORTH_THREADS = 16384
+_NUMBER = re.compile(r"T\.float32\([^)]*\)")
 
 
-class Tile(NamedTuple):
-    """What the innermost loops compute: rows x columns of pixels, vectors of channels."""
+class Plan(NamedTuple):
+    """What a rule may choose: the tile of the innermost loops, the order of the outer ones, and what is unrolled."""
 
-    rows: int
+    rows: int  # of pixels
     columns: int
-    vectors: int
+    vectors: int  # of channels
+    image_first: bool = False  # the image is the outermost loop, and all channels of a tile follow each other
+    unroll: int = 1  # input channels of one turn of the innermost sum
 
     @property
     def sums(self) -> int:
@@ -44,32 +50,46 @@ class Tile(NamedTuple):
         return (self.rows * self.columns + self.vectors) / self.sums
 
 
-def best_tile(rows: int, columns: int, vectors: int, registers: int) -> Tile:
-    """The tile that divides the sizes, fits into the registers and loads least; in doubt the smaller one.
+def tiles(rows: int, columns: int, vectors: int, registers: int) -> list[Plan]:
+    """The tiles that divide the sizes and fit into the registers, the best guess first.
 
-    Each vector of weights takes a register too, and one is left for a pixel.
+    That is the one that loads least, in doubt the smaller one. Each vector of weights takes a register too, and one is
+    left for a pixel.
     """
-    tiles = (Tile(*sizes) for sizes in itertools.product(_divisors(rows), _divisors(columns), _divisors(vectors)))
-    return min(
-        (tile for tile in tiles if tile.sums + tile.vectors < registers), key=lambda tile: (tile.loads, tile.sums)
-    )
+    found = (Plan(*sizes) for sizes in itertools.product(_divisors(rows), _divisors(columns), _divisors(vectors)))
+    fitting = (tile for tile in found if tile.sums + tile.vectors < registers)
+    return sorted(fitting, key=lambda tile: (tile.loads, tile.sums))
 
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, min(number, 32) + 1) if number % size == 0]
 
 
-def cpu_schedules(processor: Processor) -> Any:
-    """The pass that schedules every function of a module."""
-    rules = (ProductRule, IntegerProductRule, DepthwiseRule, ReductionRule, ElementwiseRule)
-    return dlight.ApplyDefaultSchedule(*(rule(processor) for rule in rules))
+def cpu_schedules(processor: Processor, chosen: Mapping[str, Plan]) -> Any:
+    """The pass that schedules every function: as `chosen` for its task (see `task_of`), or by best guess."""
+    return dlight.ApplyDefaultSchedule(*(rule(processor, chosen) for rule in RULES))
+
+
+def task_of(function: Any) -> str:
+    """The sha256 of what a function computes, whatever its name and the numbers in it: equal ones take equal time."""
+    text = _NUMBER.sub("_", function.without_attr("global_symbol").script())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plans_of(function: Any, processor: Processor) -> list[Plan]:
+    """The plans for a function, the best guess first; none when there is nothing to choose."""
+    for rule in (kind(processor, {}) for kind in RULES):
+        nest = Nest(s_tir.Schedule(function), processor)
+        if nest.blocks and rule.fits(nest):
+            return list(rule.plans(nest))
+    return []
 
 
 class Rule(ScheduleRule):  # type: ignore[misc]
     """Schedules a function of which the rule knows the main block; others it leaves alone."""
 
-    def __init__(self, processor: Processor) -> None:
-        self.processor = processor
+    def __init__(self, processor: Processor, chosen: Mapping[str, Plan]) -> None:
+        self.processor, self.chosen = processor, chosen
 
     def apply(self, func: Any, target: Any, tunable: bool) -> Any:
         """The schedule, or nothing."""
@@ -80,7 +100,8 @@ class Rule(ScheduleRule):  # type: ignore[misc]
         if not nest.blocks or not self.fits(nest):
             return None
         try:
-            self.transform(nest)
+            plan = self.chosen.get(task_of(func)) if self.chosen else None
+            self.transform(nest, plan or next(iter(self.plans(nest)), None))
         except s_tir.ScheduleError as error:
             print(f"{func.attrs.get('global_symbol', 'a function')} is computed in plain loops: {error}")
             return None
@@ -90,8 +111,13 @@ class Rule(ScheduleRule):  # type: ignore[misc]
         """Whether the function is of this rule's kind."""
         raise NotImplementedError
 
-    def transform(self, nest: Nest) -> None:
-        """Schedule it."""
+    def plans(self, nest: Nest) -> Iterator[Plan]:
+        """What may be chosen, the best guess first; nothing by default."""
+        del nest
+        yield from ()
+
+    def transform(self, nest: Nest, plan: Any) -> None:
+        """Schedule it, as planned where there are plans."""
         raise NotImplementedError
 
 
@@ -191,62 +217,90 @@ class Nest:
             self.schedule.parallel(self.schedule.fuse(*loops))
 
 
-class ProductRule(Rule):
+class TiledRule(Rule):
+    """Products by tiles whose sums stay in registers."""
+
+    product: ClassVar[str]
+
+    def fits(self, nest: Nest) -> bool:
+        """Whether the function has exactly one product of this kind."""
+        return [nest.name(block) for block in nest.reductions] == [self.product]
+
+    def width(self, nest: Nest) -> int:
+        """Output channels of one vector."""
+        raise NotImplementedError
+
+    def plans(self, nest: Nest) -> Iterator[Plan]:
+        """Tiles, both orders of the outer loops, and how far the innermost sum is unrolled."""
+        (main,) = nest.reductions
+        (_, *space, channels), sums = nest.loops(main)
+        rows, columns = [nest.extent(loop) for loop in space] or (1, 1)
+        blocks = nest.extent(channels) // self.width(nest)
+        depth = nest.extent(sums[2 if space else 0])
+        for tile in tiles(rows, columns, blocks, self.processor.registers):
+            for image_first, unroll in itertools.product((False, True), (1, 2, 4)):
+                if depth % unroll == 0 and not (image_first and (blocks == tile.vectors or not space)):
+                    yield tile._replace(image_first=image_first, unroll=unroll)
+
+
+class ProductRule(TiledRule):
     """Convolution and dense: sums of a tile stay in registers."""
 
-    def fits(self, nest: Nest) -> bool:
-        """Whether the function has exactly one product."""
-        return [nest.name(block) for block in nest.reductions] == [PRODUCT]
+    product = PRODUCT
 
-    def transform(self, nest: Nest) -> None:
+    def width(self, nest: Nest) -> int:
+        """That of the packed weights."""
+        return int(nest.schedule.get(nest.reductions[0]).reads[-1].source.shape[-1])
+
+    def transform(self, nest: Nest, plan: Plan) -> None:
         """A vector of weights is multiplied by one input value."""
-        schedule, (main,) = nest.schedule, nest.reductions
+        (main,) = nest.reductions
         _, sums = nest.loops(main)
-        *within, vector = tiled(nest, main, int(schedule.get(main).reads[-1].source.shape[-1]), sums)
-        schedule.vectorize(vector)
-        for loop in sums[1:-1]:
-            schedule.unroll(loop)
-        nest.initialise(main, sums[0], len(within))
+        first_sum, within, vector = tiled(nest, main, self.width(nest), sums, [], plan)
+        nest.schedule.vectorize(vector)
+        nest.initialise(main, first_sum, within)
 
 
-class IntegerProductRule(Rule):
-    """Convolution of INT8 codes: four products and their sum are one instruction."""
+class IntegerProductRule(TiledRule):
+    """Convolution and dense of INT8 codes: four products and their sum are one instruction."""
 
-    def fits(self, nest: Nest) -> bool:
-        """Whether the function has exactly one product of codes."""
-        return [nest.name(block) for block in nest.reductions] == [INTEGER_PRODUCT]
+    product = INTEGER_PRODUCT
 
-    def transform(self, nest: Nest) -> None:
+    def width(self, nest: Nest) -> int:
+        """Sums that one instruction makes."""
+        assert nest.processor.dot is not None
+        return nest.processor.dot.lanes
+
+    def transform(self, nest: Nest, plan: Plan) -> None:
         """A vector of quads of weights is multiplied by one quad of input values."""
-        schedule, (main,), dot = nest.schedule, nest.reductions, nest.processor.dot
+        (main,), dot = nest.reductions, nest.processor.dot
         assert dot is not None
-        _, (*sums, _) = nest.loops(main)
-        *within, vector = tiled(nest, main, dot.lanes, sums)
-        for loop in sums[1:-1]:
-            schedule.unroll(loop)
-        nest.initialise(main, sums[0], len(within))
-        schedule.tensorize(vector, dot.intrinsic())
+        _, (*sums, quad) = nest.loops(main)
+        first_sum, within, vector = tiled(nest, main, dot.lanes, sums, [quad], plan)
+        nest.initialise(main, first_sum, within)
+        nest.schedule.tensorize(vector, dot.intrinsic())
 
 
-def tiled(nest: Nest, main: Any, width: int, sums: list[Any]) -> list[Any]:
-    """[n, channels, rows, columns] of tiles, within them the sums over kernel and input: the loops of a tile."""
+def tiled(nest: Nest, main: Any, width: int, sums: list[Any], quad: list[Any], plan: Plan) -> tuple[Any, int, Any]:
+    """Tiles, within them the sums over kernel and input, within these the loops of a tile.
+
+    Returns the first loop of the sums, how many loops stand around the vector in a tile, and the vector.
+    """
     schedule = nest.schedule
     (n, *space, channels), _ = nest.loops(main)
-    rows, columns = [nest.extent(loop) for loop in space] or (1, 1)
-    tile = best_tile(rows, columns, nest.extent(channels) // width, nest.processor.registers)
     nest.prepare_inputs(main)
-    outer, vectors, vector = schedule.split(channels, [None, tile.vectors, width])
-    tiles, pixels = [], []
-    for loop, size in zip(space, tile[:2], strict=False):
-        out, inside = schedule.split(loop, [None, size])
-        tiles.append(out)
-        pixels.append(inside)
-    schedule.reorder(n, outer, *tiles, *sums, vectors, *pixels, vector)
-    for loop in (vectors, *pixels):
+    outer, vectors, vector = schedule.split(channels, [None, plan.vectors, width])
+    parts = [schedule.split(loop, [None, size]) for loop, size in zip(space, plan[:2], strict=False)]
+    image, pixels = [part[0] for part in parts], [part[1] for part in parts]
+    *kernel, depth = sums
+    turns, turn = schedule.split(depth, [None, plan.unroll])
+    outside = [n, *image, outer] if plan.image_first else [n, outer, *image]
+    schedule.reorder(*outside, *kernel, turns, turn, vectors, *pixels, vector, *quad)
+    for loop in (*kernel[1:], turn, vectors, *pixels):
         schedule.unroll(loop)
-    nest.attach_epilogue(main, 2 + len(tiles))
-    nest.parallel([n, outer, *tiles[:-1]])
-    return [vectors, *pixels, vector]
+    nest.attach_epilogue(main, len(outside))
+    nest.parallel(outside[:-1])
+    return (kernel or [turns])[0], 1 + len(pixels), vector
 
 
 class DepthwiseRule(Rule):
@@ -256,22 +310,33 @@ class DepthwiseRule(Rule):
         """Whether the function has exactly one depthwise convolution."""
         return [nest.name(block) for block in nest.reductions] == [DEPTHWISE]
 
-    def transform(self, nest: Nest) -> None:
-        """[n, rows, channels, columns] of tiles; within one the sums over the kernel."""
+    def plans(self, nest: Nest) -> Iterator[Plan]:
+        """Tiles of one vector, both orders of the outer loops."""
+        (_, rows, columns, _), _ = nest.loops(nest.reductions[0])
+        sizes = nest.extent(rows), nest.extent(columns)
+        found = tiles(*sizes, 1, self.processor.registers)
+        guess = tiles(1, sizes[1], 1, self.processor.registers)[0]
+        for tile in [guess, *(tile for tile in found if tile != guess)]:
+            yield tile._replace(image_first=True)
+            yield tile
+
+    def transform(self, nest: Nest, plan: Plan) -> None:
+        """[n, rows, columns, channels] of tiles; within one the sums over the kernel."""
         schedule, (main,) = nest.schedule, nest.reductions
         (n, rows, columns, channels), sums = nest.loops(main)
         nest.prepare_inputs(main)
         width = nest.width(nest.extent(channels))
-        tile = best_tile(1, nest.extent(columns), 1, nest.processor.registers)
         blocks, vector = schedule.split(channels, [None, width])
-        tiles, pixels = schedule.split(columns, [None, tile.columns])
-        schedule.reorder(n, rows, tiles, blocks, *sums, pixels, vector)
+        down, tile_rows = schedule.split(rows, [None, plan.rows])
+        along, tile_columns = schedule.split(columns, [None, plan.columns])
+        outside = [n, down, along, blocks] if plan.image_first else [n, blocks, down, along]
+        schedule.reorder(*outside, *sums, tile_rows, tile_columns, vector)
         schedule.vectorize(vector)
-        for loop in (pixels, *sums):
+        for loop in (tile_rows, tile_columns, *sums):
             schedule.unroll(loop)
         nest.attach_epilogue(main, 4)
-        nest.parallel([n, rows])
-        nest.initialise(main, sums[0], 1)
+        nest.parallel(outside[:2])
+        nest.initialise(main, sums[0], 2)
 
 
 class ReductionRule(Rule):
@@ -284,8 +349,9 @@ class ReductionRule(Rule):
         spatial, sums = nest.loops(nest.reductions[0])
         return bool(spatial and sums) and nest.extent(spatial[-1]) > 1
 
-    def transform(self, nest: Nest) -> None:
+    def transform(self, nest: Nest, plan: Any) -> None:
         """The vector goes along the last dimension."""
+        del plan
         schedule, (main,) = nest.schedule, nest.reductions
         for block in nest.before(main):
             schedule.compute_inline(block)
@@ -304,8 +370,9 @@ class ElementwiseRule(Rule):
         """Whether nothing is summed."""
         return not nest.reductions
 
-    def transform(self, nest: Nest) -> None:
+    def transform(self, nest: Nest, plan: Any) -> None:
         """All dimensions of fixed size are one loop, in vectors."""
+        del plan
         schedule, (*others, last) = nest.schedule, nest.blocks
         for block in others:
             schedule.compute_inline(block)
@@ -316,3 +383,6 @@ class ElementwiseRule(Rule):
         outer = schedule.get_loops(last)[0]
         if nest.extent(outer) * nest.processor.lanes >= WORTH_THREADS:
             nest.parallel([outer])
+
+
+RULES = (ProductRule, IntegerProductRule, DepthwiseRule, ReductionRule, ElementwiseRule)
