@@ -94,8 +94,8 @@ def tasks_of(module: Any, processor: Processor) -> list[Task]:
             tasks.setdefault(key, Task(key, function, plans))
 
     for called in kernel_calls(module):
-        if key := keys.get(called.name_hint):
-            tasks[key].calls += 1
+        if called.name_hint in keys:
+            tasks[keys[called.name_hint]].calls += 1
     return list(tasks.values())
 
 
