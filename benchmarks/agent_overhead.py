@@ -20,6 +20,8 @@ import onnx
 from results import write_section
 
 from edgekd import networks, registry, stats
+from edgekd.bench.latencies import DURATION
+from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.data import Shape
 from edgekd.device import AGENT
 from edgekd.export import export
@@ -85,7 +87,7 @@ def prepare(board: Path, model: Path, seconds: float) -> None:
     np.save(board / "samples.npy", np.random.default_rng(0).standard_normal((64, *shape)).astype(np.float32))
     spec = {
         "version": 1,
-        "mode": "single_stream",
+        "turns": SingleStream().turns(),
         "launches": 1,
         "models": [{"name": "model", "folder": "model", "runner": str(backend.runner)}],
         "samples": "samples.npy",
@@ -93,7 +95,6 @@ def prepare(board: Path, model: Path, seconds: float) -> None:
         "min_seconds": seconds,
         "max_seconds": 10 * seconds,
         "min_queries": 64,
-        "block_seconds": 0.05,
         "lock_clocks": False,
         "seed": 0,
     }
@@ -104,7 +105,7 @@ def prepare(board: Path, model: Path, seconds: float) -> None:
 def agent_p50(board: Path) -> float:
     """The p50 in ms that the agent measures."""
     subprocess.run([sys.executable, "-m", "agent", "bench", "spec.json"], cwd=board, check=True, capture_output=True)
-    return float(np.median(np.load(board / "model_latency.npy")[:, 3]) / 1e6)
+    return float(np.median(np.load(board / "model_latency.npy")[:, DURATION]) / 1e6)
 
 
 def plain_p50(board: Path, seconds: float) -> float:

@@ -38,6 +38,8 @@ def check(job: Job, to_make: Collection[str]) -> None:
     on_device = any(stage == "bench" or stage.startswith("build-") for stage in to_make)
     if on_device and not (job.device or job.target.device).startswith("local:"):
         check_device(job).facts()  # a board that does not answer shall not wait for the training
+    if "bench" in to_make:
+        _check_mode(job)
     if any(stage.startswith("engine-") for stage in to_make):
         job.backend.require()
     if "bench" in to_make:
@@ -64,6 +66,17 @@ def check(job: Job, to_make: Collection[str]) -> None:
                 fix="set quantize.method = ptq, or distill.method = kd",
                 key="quantize.method",
             )
+
+
+def _check_mode(job: Job) -> None:
+    mode = job.mode()
+    if mode.needs_batches and job.recipe.export.batch == "static":
+        raise RecipeError(
+            f"benchmark.mode = {mode.name} times batches, and export.batch = static makes engines for one sample",
+            allowed="with one sample at a time: benchmark.mode = single_stream, multi_stream, fps or sustained",
+            fix="set export.batch = dynamic",
+            key="benchmark.mode",
+        )
 
 
 def _check_method(job: Job, built: Mapping[str, nn.Module], spec: Train) -> Method:

@@ -23,6 +23,7 @@ from edgekd.backends.null import Null
 from edgekd.device import AGENT
 
 NAMES = ("student", "teacher")
+TURN = {"samples": 1, "every_ns": 0, "block_seconds": 0.02}
 SOURCES = sorted(AGENT.glob("*.py"))
 
 
@@ -62,7 +63,7 @@ def write_spec(board, **changes):
     }
     spec = {
         "version": 1,
-        "mode": "single_stream",
+        "turns": [TURN],
         "launches": 1,
         "models": [{"name": name, "folder": name, "runner": f"{name}_runner.py"} for name in NAMES],
         "samples": "samples.npy",
@@ -70,7 +71,6 @@ def write_spec(board, **changes):
         "min_seconds": 0.1,
         "max_seconds": 20.0,
         "min_queries": 1,
-        "block_seconds": 0.02,
         "lock_clocks": False,
         "seed": 0,
     }
@@ -123,7 +123,7 @@ def test_a_benchmark_leaves_latencies_logits_and_a_result(done):
         assert np.load(board / f"{name}_logits.npy", allow_pickle=False).shape == (12, 3)
         for launch in result["models"][name]:
             assert launch["facts"]["runtime"] == "null"
-            assert launch["warmup_n"] > 9
+            assert launch["warm_up"][0]["queries"] > 9
             assert launch["load_ms"] > 0
             assert 0 < launch["rss_before_load_bytes"] <= launch["peak_rss_bytes"]
     for row in result["telemetry"]:
@@ -188,9 +188,9 @@ def test_an_absent_file_is_refused_by_name(board):
     assert error_of(bench(board)) == "student/engine.json cannot be read: No such file or directory"
 
 
-def test_a_mode_that_it_does_not_know_is_refused(board):
-    write_spec(board, mode="server")
-    assert error_of(bench(board)) == "spec of version 1, mode server: this agent knows version 1, mode single_stream"
+def test_a_spec_of_another_version_is_refused(board):
+    write_spec(board, version=2)
+    assert error_of(bench(board)) == "spec of version 2: this agent knows version 1"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,9 @@ def test_clocks_are_locked_and_power_is_metered_while_it_measures(board, tmp_pat
     check = f"with open({str(governor)!r}) as file:\n    assert file.read() == 'performance'\n"
     source = Null.runner.read_text().replace("class Runner", check + "\n\nclass Runner")
     (board / "student_runner.py").write_text(source)
-    write_spec(board, lock_clocks=True, min_seconds=1.0, block_seconds=0.25)  # long enough for a reading in each
+    write_spec(
+        board, lock_clocks=True, min_seconds=1.0, turns=[TURN | {"block_seconds": 0.25}]
+    )  # long enough for a reading in each
     finished = bench(board, "--root", root)
     assert finished.returncode == 0, finished.stderr
     assert governor.read_text() == "schedutil"
@@ -243,7 +245,7 @@ def test_clocks_are_locked_and_power_is_metered_while_it_measures(board, tmp_pat
         (launch,) = result["models"][name]
         module = next(row for row in launch["energy"] if row["rail"] == "VDD_IN")
         assert module["mj"] == pytest.approx(4968 * 1.520 * module["seconds"])
-        assert module["queries"] == len(np.load(board / f"{name}_latency.npy"))
+        assert module["samples"] > len(np.load(board / f"{name}_latency.npy"))  # those at the start of a turn too
     assert result["telemetry"][-1]["power_mw"]["VDD_IN"] == pytest.approx(4968 * 1.520)
 
 

@@ -106,9 +106,8 @@ class Bench:
             import numpy as np
         except ImportError:
             raise AgentError(f"numpy is not installed for {sys.executable}") from None
-        if spec["version"] != VERSION or spec["mode"] != "single_stream":
-            known = f"this agent knows version {VERSION}, mode single_stream"
-            raise AgentError(f"spec of version {spec['version']}, mode {spec['mode']}: {known}")
+        if spec["version"] != VERSION:
+            raise AgentError(f"spec of version {spec['version']}: this agent knows version {VERSION}")
         self.spec, self.root = spec, root
         verify(spec["files"])
         self.count = len(np.load(spec["samples"], mmap_mode="r", allow_pickle=False))
@@ -129,7 +128,9 @@ class Bench:
             for model in models:
                 model.report.update(model.call("load"))
             for model in models:
-                model.report.update(model.call("warm_up"))
+                model.report["warm_up"] = [
+                    model.call("warm_up", samples=turn["samples"]) for turn in self.spec["turns"]
+                ]
             # Whoever goes first in a round goes last in the rounds of the next launch: no place is better on average.
             self.measure(models if launch % 2 == 0 else models[::-1], launch)
             if launch == launches - 1:
@@ -150,26 +151,22 @@ class Bench:
         self.launches.forget()
 
     def measure(self, models: list[Model], launch: int) -> None:
-        """Time rounds in which every model runs one block, then every model again in reverse order (A B B A), so that
-        a drift that is linear in time falls on all alike."""
+        """Time rounds; in each, every model gets every turn of the spec."""
         spec, launches = self.spec, self.spec["launches"]
         queries = {
-            model.name: max(1, round(spec["block_seconds"] * 1e9 / model.report["median_ns"])) for model in models
+            model.name: [_queries(turn, model.report["warm_up"][number]) for number, turn in enumerate(spec["turns"])]
+            for model in models
         }
         pids = [os.getpid()] + [model.process.pid for model in models]
         watch = Watch(self.started, launch, pids, self.root)
         started = time.perf_counter()
         elapsed, rounds, enough = 0.0, 0, False
         while elapsed * launches < spec["max_seconds"] and not (enough and elapsed * launches >= spec["min_seconds"]):
-            for block, model in enumerate(models + models[::-1]):
-                seed = spec["seed"] + 1000 * launch + rounds
-                number = 2 * rounds + block // len(models)
-                watch.meter.begin(model.name)
-                model.call("block", launch=launch, block=number, queries=queries[model.name], seed=seed)
-                watch.meter.end(queries[model.name])
+            for number in range(len(spec["turns"])):
+                self.take_turns(models, launch, rounds, number, queries, watch.meter)
             watch.sample()
             rounds += 1
-            enough = 2 * rounds * min(queries.values()) * launches >= spec["min_queries"]
+            enough = 2 * rounds * min(min(counts) for counts in queries.values()) * launches >= spec["min_queries"]
             elapsed = time.perf_counter() - started
             self.expect(models, launch, elapsed)
             self.progress("measure")
@@ -179,12 +176,26 @@ class Bench:
         self.measured_s += elapsed
         self.telemetry = watch.series
 
+    def take_turns(
+        self, models: list[Model], launch: int, rounds: int, number: int, queries: dict[str, list[int]], meter: Meter
+    ) -> None:
+        """Every model runs one block, then every model again in reverse order (A B B A), so that a drift that is linear
+        in time falls on all alike."""
+        turn, seed = self.spec["turns"][number], self.spec["seed"] + 1000 * launch + rounds
+        for place, model in enumerate(models + models[::-1]):
+            meter.begin(model.name, number)
+            answer = model.call(
+                "block", launch=launch, block=2 * rounds + place // len(models), queries=queries[model.name][number],
+                seed=seed, samples=turn["samples"], every_ns=turn["every_ns"],
+            )  # fmt: skip
+            meter.end(answer["answered"])
+
     def expect(self, models: list[Model], launch: int, elapsed: float) -> None:
         """Update how long the whole will take, from what the launches took so far."""
         done = time.perf_counter() - self.started
         setup = (done - self.measured_s - elapsed) / (launch + 1)
         per_launch = max(elapsed, self.spec["min_seconds"] / self.spec["launches"])
-        accuracy = self.count * max(model.report["median_ns"] for model in models) / 1e9
+        accuracy = self.count * max(_sample_s(model, self.spec["turns"][0]) for model in models)
         self.expected_s = done + per_launch - elapsed + accuracy
         self.expected_s += (self.spec["launches"] - launch - 1) * (setup + per_launch)
 
@@ -205,6 +216,16 @@ class Bench:
         line = {"progress": self.shown, "left_s": round(left, 1), "stage": stage}
         sys.stderr.write(json.dumps(line) + "\n")
         sys.stderr.flush()
+
+
+def _queries(turn: dict[str, Any], warm_up: dict[str, Any]) -> int:
+    """How many fill a block."""
+    fitting = turn["block_seconds"] * 1e9 / (turn["every_ns"] or warm_up["median_ns"])  # type: float
+    return max(1, round(fitting))
+
+
+def _sample_s(model: Model, turn: dict[str, Any]) -> float:
+    return float(model.report["warm_up"][0]["median_ns"] / turn["samples"] / 1e9)
 
 
 def verify(files: dict[str, str]) -> None:

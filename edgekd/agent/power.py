@@ -6,7 +6,7 @@ import glob
 import os
 import threading
 import time
-from typing import Any
+from typing import Any, Tuple
 
 from .sensors import number, read
 
@@ -63,8 +63,12 @@ class Rails:
         return float(values[0]) if len(values) == 1 else values[0] * values[1] / 1000
 
 
+# A model, and the number of the turn in the spec's list.
+Taker = Tuple[str, int]
+
+
 class Meter:
-    """Energy by model: who is on turn is told by `begin` and `end`.
+    """Energy by model and kind of turn: who is on turn is told by `begin` and `end`.
 
     A counter is read at both. A monitor shows power of the moment only, so that a thread reads it while a model is on
     turn; its mean times the time on turn is the energy. The thread runs in the conductor, which only waits meanwhile.
@@ -72,11 +76,11 @@ class Meter:
 
     def __init__(self, rails: Rails) -> None:
         self.rails = rails
-        self._turn = None  # type: tuple[str, float] | None
-        self._seconds = {}  # type: dict[str, float]
-        self._queries = {}  # type: dict[str, int]
-        self._read = {}  # type: dict[str, dict[str, list[float]]]
-        self._counted = {}  # type: dict[str, dict[str, float]]
+        self._turn = None  # type: tuple[Taker, float] | None
+        self._seconds = {}  # type: dict[Taker, float]
+        self._samples = {}  # type: dict[Taker, int]
+        self._read = {}  # type: dict[Taker, dict[str, list[float]]]
+        self._counted = {}  # type: dict[Taker, dict[str, float]]
         self._before = {}  # type: dict[str, float]
         self._newest = {}  # type: dict[str, float]
         self._over = threading.Event()
@@ -84,19 +88,19 @@ class Meter:
         if rails.power_mw():
             self._thread.start()
 
-    def begin(self, model: str) -> None:
+    def begin(self, model: str, turn: int) -> None:
         """A model starts to run."""
         self._before = self.rails.energy_mj()
-        self._turn = model, time.perf_counter()
+        self._turn = (model, turn), time.perf_counter()
 
-    def end(self, queries: int) -> None:
-        """It has answered so many queries."""
+    def end(self, samples: int) -> None:
+        """It has answered so many samples."""
         assert self._turn is not None
-        model, since = self._turn
+        taker, since = self._turn
         self._turn = None
-        self._seconds[model] = self._seconds.get(model, 0.0) + time.perf_counter() - since
-        self._queries[model] = self._queries.get(model, 0) + queries
-        counted = self._counted.setdefault(model, {})
+        self._seconds[taker] = self._seconds.get(taker, 0.0) + time.perf_counter() - since
+        self._samples[taker] = self._samples.get(taker, 0) + samples
+        counted = self._counted.setdefault(taker, {})
         for name, now in self.rails.energy_mj().items():
             used = now - self._before[name]
             counted[name] = counted.get(name, 0.0) + (used if used >= 0 else used + self.rails.wrap_mj(name))
@@ -112,17 +116,20 @@ class Meter:
             self._thread.join()
 
     def of(self, model: str) -> list[dict[str, Any]]:
-        """What a model's queries took: a row by rail."""
-        seconds, queries = self._seconds[model], self._queries[model]
+        """What a model's samples took: a row by turn and rail."""
+        return [row for taker in self._seconds if taker[0] == model for row in self._rows(taker)]
+
+    def _rows(self, taker: Taker) -> list[dict[str, Any]]:
+        seconds, samples = self._seconds[taker], self._samples[taker]
         rows = [
             {"rail": rail, "sensor": "ina3221", "mj": seconds * sum(mw) / len(mw), "readings": len(mw)}
-            for rail, mw in self._read.get(model, {}).items()
+            for rail, mw in self._read.get(taker, {}).items()
         ]
         rows += [
-            {"rail": rail, "sensor": "rapl", "mj": mj, "readings": queries}
-            for rail, mj in self._counted.get(model, {}).items()
+            {"rail": rail, "sensor": "rapl", "mj": mj, "readings": samples}
+            for rail, mj in self._counted.get(taker, {}).items()
         ]
-        return [dict(row, queries=queries, seconds=seconds) for row in rows]
+        return [dict(row, turn=taker[1], samples=samples, seconds=seconds) for row in rows]
 
     def _watch(self) -> None:
         while not self._over.wait(1 / SAMPLES_PER_S):

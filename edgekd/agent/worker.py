@@ -17,7 +17,7 @@ WARMUP_WINDOW_S = 0.03  # long enough that one scheduler tick does not move the 
 WARMUP_TOLERANCE = 0.03  # three windows in a row within 3 % of each other: the clocks have settled
 WARMUP_CAP_S = 3.0  # a machine that has not settled by then will not; the result then says so
 FIRST_QUERIES = 3  # queries until a runtime has allocated what it needs; peak memory is read after them
-SETTLE_QUERIES = 3  # untimed, after each change of model: they refill the caches that the other model emptied
+SETTLE_SAMPLES = 3  # untimed, after each change of model: they refill the caches that the other model emptied
 HOT_SAMPLES_BYTES = 32 << 20  # inputs held in memory and drawn from; more than a cache, less than a small board has
 
 
@@ -30,6 +30,7 @@ class Worker:
 
     def __init__(self, name: str, folder: str, runner: str, samples: str) -> None:
         self.name, self.folder, self.runner_file, self.samples_file = name, folder, runner, samples
+        self.batched = True
         self._rows = []  # type: list[Any]
         self._logits = []  # type: list[Any]
 
@@ -55,7 +56,7 @@ class Worker:
         peak = memory_bytes("VmHWM")
         hot = max(1, min(len(samples), HOT_SAMPLES_BYTES // samples[:1].nbytes))
         self.samples = samples
-        self.inputs = [np.array(samples[index : index + 1]) for index in range(hot)]
+        self.hot = np.array(samples[:hot])
         gc.collect()
         gc.disable()
         return {
@@ -66,39 +67,81 @@ class Worker:
             "peak_rss_bytes": peak,
         }
 
-    def warm_up(self) -> dict[str, Any]:
-        """Run until three windows in a row agree: the clocks and the runtime's caches have then settled."""
-        first = self._time([0])
+    def warm_up(self, samples: int) -> dict[str, Any]:
+        """Run until three windows in a row agree: the clocks and the runtime's caches have then settled. Every query is
+        one of `samples` samples, as one batch where the engine takes batches."""
+        if samples > 1 and self.batched:
+            self._try_batch(samples)
+        inputs = self._inputs(samples)
+        first = self._time(inputs[:1])
         per_window = max(3, int(WARMUP_WINDOW_S * 1e9 / max(1, first[0][1])))
         medians = []  # type: list[int]
         deadline = time.perf_counter() + WARMUP_CAP_S
         stable = False
         while not stable and (time.perf_counter() < deadline or len(medians) < 3):
-            stamps = self._time([index % len(self.inputs) for index in range(per_window)])
-            medians.append(sorted(duration for _, duration in stamps)[per_window // 2])
+            stamps = self._time([inputs[index % len(inputs)] for index in range(per_window)])
+            medians.append(sorted(stamp[1] for stamp in stamps)[per_window // 2])
             last = medians[-3:]
             stable = len(last) == 3 and max(last) <= (1 + WARMUP_TOLERANCE) * min(last)
-        return {"warmup_n": 1 + per_window * len(medians), "warmup_stable": stable, "median_ns": medians[-1]}
+        queries = 1 + per_window * len(medians)
+        return {"queries": queries, "stable": stable, "median_ns": medians[-1], "batched": self.batched}
 
-    def block(self, launch: int, block: int, queries: int, seed: int) -> dict[str, Any]:
-        """Time `queries` samples drawn with replacement by `seed`, one after the other."""
+    def _inputs(self, samples: int) -> list[Any]:
+        """Batches of so many samples in a row; all lie in the same memory."""
         import numpy as np
 
-        order = np.random.RandomState(seed).randint(len(self.inputs), size=queries + SETTLE_QUERIES).tolist()
-        self._time(order[:SETTLE_QUERIES])
-        stamps = np.array(self._time(order[SETTLE_QUERIES:]), np.int64)
-        self._rows.append(np.insert(stamps, [0], [launch, block], axis=1))
-        return {}
+        while len(self.hot) < samples:
+            self.hot = np.concatenate([self.hot, self.hot])
+        return [self.hot[first : first + samples] for first in range(len(self.hot) - samples + 1)]
 
-    def _time(self, order: list[int]) -> list[tuple[int, int]]:
-        """(start, duration) in ns of one query per index in `order`."""
-        run, inputs, clock = self.run, self.inputs, time.perf_counter_ns
+    def _try_batch(self, samples: int) -> None:
+        """An engine that was compiled for one sample answers a query of several one after the other."""
+        import numpy as np
+
+        run = self.run
+        try:
+            self.batched = len(run(self._inputs(samples)[0])) == samples
+        except Exception:  # each runtime has its own
+            self.batched = False
+        if not self.batched:
+            self.run = lambda x: np.concatenate([run(x[index : index + 1]) for index in range(len(x))])
+
+    def block(self, launch: int, block: int, queries: int, seed: int, samples: int, every_ns: int) -> dict[str, Any]:
+        """Time `queries` queries of `samples` samples drawn with replacement by `seed`: one after the other, or as they
+        arrive, one `every_ns`."""
+        import numpy as np
+
+        settle, inputs = -(-SETTLE_SAMPLES // samples), self._inputs(samples)
+        order = [inputs[index] for index in np.random.RandomState(seed).randint(len(inputs), size=queries + settle)]
+        self._time(order[:settle])
+        stamps = self._arriving(order[settle:], every_ns) if every_ns else self._time(order[settle:])
+        self._rows.append(np.insert(np.array(stamps, np.int64), [0, 0, 2], [launch, block, samples], axis=1))
+        return {"answered": samples * (queries + settle)}
+
+    def _time(self, order: list[Any]) -> list[tuple[int, int, int]]:
+        """(start, duration, 0) in ns of one query per input of `order`."""
+        run, clock = self.run, time.perf_counter_ns
         stamps = []
-        for index in order:
-            x = inputs[index]
+        for x in order:
             start = clock()
             run(x)
-            stamps.append((start, clock() - start))
+            stamps.append((start, clock() - start, 0))
+        return stamps
+
+    def _arriving(self, order: list[Any], every_ns: int) -> list[tuple[int, int, int]]:
+        """(arrival, from there to the answer, of which waited) in ns. Who arrives while another is answered waits; who
+        arrives later than that wakes this process, as a camera would: that counts too."""
+        run, clock, sleep = self.run, time.perf_counter_ns, time.sleep
+        stamps = []
+        due = clock() + every_ns
+        for x in order:
+            early = due - clock()
+            if early > 0:
+                sleep(early / 1e9)
+            start = clock()
+            run(x)
+            stamps.append((due, clock() - due, start - due))
+            due += every_ns
         return stamps
 
     def classify(self, start: int, stop: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,8 @@ import numpy.typing as npt
 from edgekd.backends import Engine
 from edgekd.bench.arrays import correct_from_logits, table_from_latencies
 from edgekd.bench.deployment import Progress, measured_on
-from edgekd.bench.speedup import rounds
+from edgekd.bench.latencies import rounds
+from edgekd.bench.modes import Mode
 from edgekd.bench.summary import summarize
 from edgekd.bench.validity import MIN_QUERIES
 from edgekd.device import Device
@@ -20,7 +21,6 @@ from edgekd.errors import RecipeError, StageError
 __all__ = ["MIN_LAUNCHES", "benchmark"]
 
 MIN_LAUNCHES = 6  # fewer give no 95 % interval: see stats.median_interval
-BLOCK_S = 0.05  # long against a scheduler tick, short against what heat and other programs do
 MAX_STRETCH = 6  # a slow engine may take this many times the seconds asked for to reach MIN_QUERIES
 SETUP_TIMEOUT_S = 300.0  # to load the runtime and the engines of one launch on a slow board
 
@@ -33,18 +33,17 @@ def benchmark(
     labels: npt.NDArray[np.int64],
     device: Device,
     workdir: Path,
-    seconds: float = 10.0,
+    mode: Mode,
     launches: int = 9,
-    mode: Literal["single_stream"] = "single_stream",
     lock_clocks: bool = False,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure `student` against `teacher` on `device`; leave raw latencies and logits in `workdir`.
 
-    samples: float32 [N, C, H, W] as the networks take them; labels: int64 [N]; seconds: timed, both engines together,
-    in all launches; launches: 9 are the fewest whose interval survives one odd launch at either end; lock_clocks: hold
-    the device's clocks at their highest meanwhile, which needs root there.
+    samples: float32 [N, C, H, W] as the networks take them; labels: int64 [N]; launches: 9 are the fewest whose
+    interval survives one odd launch at either end; lock_clocks: hold the device's clocks at their highest meanwhile,
+    which needs root there.
 
     Raises RecipeError for fewer than 6 launches, StageError when an engine cannot be run there. A measurement that does
     not hold is no error: its `status` is INVALID, with `reasons`.
@@ -59,24 +58,27 @@ def benchmark(
     engines = {"student": student, "teacher": teacher}
     settings = {
         "version": 1,
-        "mode": mode,
+        "turns": mode.turns(),
         "launches": launches,
-        "min_seconds": seconds,
-        "max_seconds": MAX_STRETCH * seconds,
+        "min_seconds": mode.seconds,
+        "max_seconds": MAX_STRETCH * mode.seconds,
         "min_queries": MIN_QUERIES,
-        "block_seconds": BLOCK_S,
         "lock_clocks": lock_clocks,
         "seed": seed,
     }
     # Loading must not take forever, nor a query more than a second: it is there for a device that hangs.
-    timeout = launches * SETUP_TIMEOUT_S + 2 * MAX_STRETCH * seconds + len(samples)
+    timeout = launches * SETUP_TIMEOUT_S + 2 * MAX_STRETCH * mode.seconds + len(samples)
     measured = measured_on(device, engines, samples, settings, workdir, timeout=timeout, on_progress=on_progress)
     tables = {name: table_from_latencies(workdir / f"{name}_latency.npy", name) for name in engines}
-    if [len(rounds(table)) for table in tables.values()] != [len(rounds(tables["student"]))] * len(tables):
+    if len({len(rounds(mode.headline(table))) for table in tables.values()}) > 1:
         raise StageError(
             f'benchmark on "{device.url}": student and teacher were not timed in the same rounds',
             allowed="each round times both",
             fix="measure again: edgekd bench",
         )
     correct = {name: correct_from_logits(workdir / f"{name}_logits.npy", labels, name) for name in engines}
-    return summarize(measured, tables, correct) | {"settings": settings, "argv": measured["argv"], "url": device.url}
+    return summarize(measured, tables, correct, mode) | {
+        "settings": settings,
+        "argv": measured["argv"],
+        "url": device.url,
+    }

@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgekd.bench.latencies import Table, computing_ns
 from edgekd.errors import StageError
 
 
-def table_from_latencies(path: Path, name: str) -> npt.NDArray[np.int64]:
-    """The rows (launch, block, start_ns, duration_ns) in a file. Raises StageError when it holds something else."""
+def table_from_latencies(path: Path, name: str) -> Table:
+    """The latencies in a file. Raises StageError when it holds something else."""
     table = _array(path)
-    if table.ndim != 2 or table.shape[1] != 4 or table.dtype != np.int64 or (table[:, 3] <= 0).any():
+    if table.ndim != 2 or table.shape[1] != 6 or table.dtype != np.int64 or (computing_ns(table) <= 0).any():
         raise StageError(
             f"{path.name} does not hold the latencies of the {name}: {table.dtype} {list(table.shape)}",
-            allowed="expected: int64 [N, 4], durations above 0",
+            allowed="expected: int64 [N, 6], durations above 0",
             fix="measure again: edgekd bench",
         )
     return table

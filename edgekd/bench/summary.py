@@ -9,30 +9,30 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd import stats
-from edgekd.bench.speedup import speedups
+from edgekd.bench.latencies import DURATION, SAMPLES, Table, computing_ns
+from edgekd.bench.modes import Mode
 from edgekd.bench.validity import invalid_because
 
 
 def summarize(
     measured: Mapping[str, Any],
-    tables: Mapping[str, npt.NDArray[np.int64]],
+    tables: Mapping[str, Table],
     correct: Mapping[str, npt.NDArray[np.bool_]],
+    mode: Mode,
 ) -> dict[str, Any]:
-    """The result of a measurement: a pure function of what the agent wrote.
-
-    tables: rows (launch, block, start_ns, duration_ns) by model; correct: bool [N] by model.
-    """
+    """The result of a measurement, ready for JSON. measured: what the agent wrote; correct: bool [N] by model."""
     change, interval = stats.paired_difference(correct["teacher"], correct["student"])
     won, lost = (correct["student"] & ~correct["teacher"]).sum(), (correct["teacher"] & ~correct["student"]).sum()
-    launches = speedups(tables["student"], tables["teacher"])
+    launches = mode.speedups(tables["student"], tables["teacher"])
     speedup, speedup_interval = stats.median_interval(launches)
-    reasons = invalid_because(measured, tables)
+    reasons = invalid_because(measured, tables, mode)
     return {
         "status": "INVALID" if reasons else "VALID",
         "reasons": reasons,
-        "latency": {name: _latency(tables[name], measured["models"][name], name) for name in tables},
+        "mode": {"name": mode.name, **mode.findings(measured, tables)},
+        "latency": {name: _latency(mode.headline(tables[name]), measured["models"][name], name) for name in tables},
         "accuracy": {name: _accuracy(correct[name], name) for name in correct},
-        "speedup": {"value": speedup, "ci95": list(speedup_interval)},
+        "speedup": {"value": speedup, "ci95": list(speedup_interval), "of": mode.compares},
         "accuracy_change": {"value": change, "ci95": list(interval), "p_value": stats.mcnemar_p(int(won), int(lost))},
         "speedup_by_launch": launches.tolist(),
         "telemetry": _telemetry(measured["telemetry"], measured["device"]["cores"]),
@@ -63,8 +63,9 @@ def _telemetry(rows: list[dict[str, Any]], cores: int) -> dict[str, Any]:
     return {"time_s": [row["time_s"] for row in rows], "series": known}
 
 
-def _latency(table: npt.NDArray[np.int64], launches: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    values = table[:, 3] / 1e6
+def _latency(table: Table, launches: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Of queries of one size."""
+    values = table[:, DURATION] / 1e6
     p50, p90, p99 = np.quantile(values, [0.5, 0.9, 0.99])
     peaks = [launch["peak_rss_bytes"] for launch in launches if launch["peak_rss_bytes"] is not None]
     return {
@@ -76,8 +77,9 @@ def _latency(table: npt.NDArray[np.int64], launches: list[dict[str, Any]], name:
         "mean_ms": float(values.mean()),
         "std_ms": float(values.std(ddof=1)),
         "n": len(values),
-        "warmup_n": sum(launch["warmup_n"] for launch in launches),
-        "throughput_per_s": float(1e3 / values.mean()),
+        "samples_per_query": int(table[0, SAMPLES]),
+        "warmup_n": sum(one["queries"] for launch in launches for one in launch["warm_up"]),
+        "throughput_per_s": float(1e9 * table[0, SAMPLES] / computing_ns(table).mean()),
         "import_ms": float(np.median([launch["import_ms"] for launch in launches])),
         "load_ms": float(np.median([launch["load_ms"] for launch in launches])),
         "peak_rss_bytes": max(peaks, default=None),
@@ -86,11 +88,12 @@ def _latency(table: npt.NDArray[np.int64], launches: list[dict[str, Any]], name:
 
 
 def _energy(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Energy of one inference by rail, while it was timed: the median of the launches."""
+    """Energy of one inference by rail, in the turns that the headline's latency is of: the median of the launches."""
     by_rail: dict[tuple[str, str], list[float]] = {}
     for launch in launches:
         for row in launch["energy"]:
-            by_rail.setdefault((row["rail"], row["sensor"]), []).append(row["mj"] / row["queries"])
+            if row["turn"] == 0:
+                by_rail.setdefault((row["rail"], row["sensor"]), []).append(row["mj"] / row["samples"])
     return [
         {"rail": rail, "sensor": sensor, "per_inference_mj": float(np.median(values)), "launches": len(values)}
         for (rail, sensor), values in by_rail.items()

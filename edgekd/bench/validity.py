@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgekd import stats
-from edgekd.bench.speedup import rounds
+from edgekd.bench.latencies import Table, computing_ns, rounds
+from edgekd.bench.modes import Mode
 
 MIN_QUERIES = 64  # MLPerf: below this no p90 holds with 99 % confidence
 # Each limit with its reason:
@@ -28,26 +28,33 @@ THROTTLED = {
 }
 
 
-def invalid_because(measured: Mapping[str, Any], tables: Mapping[str, npt.NDArray[np.int64]]) -> list[str]:
+def invalid_because(measured: Mapping[str, Any], tables: Mapping[str, Table], mode: Mode) -> list[str]:
     """Why the measurement does not hold; empty when it does."""
     reasons = []
     for name, table in tables.items():
-        medians = np.array([np.median(rows[:, 3]) for rows in rounds(table)])
-        if len(table) < MIN_QUERIES:
-            reasons.append(f"too short: {len(table)} queries of the {name}, at least {MIN_QUERIES} are needed for p90")
-        launches = measured["models"][name]
-        unsettled = sum(not launch["warmup_stable"] for launch in launches)
-        if unsettled > MAX_UNSETTLED * len(launches):
-            reasons.append(f"unstable: the {name} did not settle in {unsettled} of {len(launches)} warm-ups")
-        if (cv := stats.robust_cv(medians)) > MAX_BLOCK_CV:
-            reasons.append(
-                f"unstable: the {name}'s medians vary by {cv:.1%} over time, at most {MAX_BLOCK_CV:.0%} allowed"
-            )
-        if abs(drift := stats.trend(medians)) > MAX_TREND:
-            reasons.append(f"unstable: the {name}'s latency drifted by {drift:+.1%}, at most {MAX_TREND:.0%} allowed")
+        warm_ups = [one for launch in measured["models"][name] for one in launch["warm_up"]]
+        unsettled = sum(not one["stable"] for one in warm_ups)
+        if unsettled > MAX_UNSETTLED * len(warm_ups):
+            reasons.append(f"unstable: the {name} did not settle in {unsettled} of {len(warm_ups)} warm-ups")
+        for where, rows in mode.series(table).items():
+            reasons += _unsteady(rows, name + where)
     if measured["device"]["emulated"]:
         reasons.append(f"emulated: {measured['device']['machine']} is emulated there, its times are not a board's")
-    return reasons + _disturbances(measured["telemetry"], measured["device"]["cores"])
+    reasons += _disturbances(measured["telemetry"], measured["device"]["cores"]) + throttling(measured["telemetry"])
+    return [reason for reason in reasons if not reason.startswith(mode.looks_for)]
+
+
+def _unsteady(table: Table, name: str) -> list[str]:
+    """Whether queries of one kind are enough, and alike from the first to the last."""
+    reasons = []
+    medians = np.array([np.median(computing_ns(rows)) for rows in rounds(table)])
+    if len(table) < MIN_QUERIES:
+        reasons.append(f"too short: {len(table)} queries of the {name}, at least {MIN_QUERIES} are needed for p90")
+    if (cv := stats.robust_cv(medians)) > MAX_BLOCK_CV:
+        reasons.append(f"unstable: the {name}'s medians vary by {cv:.1%} over time, at most {MAX_BLOCK_CV:.0%} allowed")
+    if abs(drift := stats.trend(medians)) > MAX_TREND:
+        reasons.append(f"unstable: the {name}'s latency drifted by {drift:+.1%}, at most {MAX_TREND:.0%} allowed")
+    return reasons
 
 
 def _disturbances(telemetry: list[dict[str, Any]], cores: int) -> list[str]:
@@ -65,10 +72,10 @@ def _disturbances(telemetry: list[dict[str, Any]], cores: int) -> list[str]:
         low, high = np.quantile(clocks, [0.05, 0.95])
         if high / low - 1 > MAX_CLOCK_CHANGE:
             reasons.append(f"clocks changed: from {low / 1e6:.0f} to {high / 1e6:.0f} MHz during the run")
-    return reasons + _throttling(telemetry)
+    return reasons
 
 
-def _throttling(telemetry: list[dict[str, Any]]) -> list[str]:
+def throttling(telemetry: list[dict[str, Any]]) -> list[str]:
     """What the device itself says of power and heat."""
     flags = {row["throttled"] or 0 for row in telemetry}
     reasons = [f"throttled: {what}" for bit, what in THROTTLED.items() if any(flag & bit for flag in flags)]

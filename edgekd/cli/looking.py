@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from edgekd.terminal import Terminal
 
 KINDS = (
-    "datasets", "networks", "activations", "methods", "quantizers", "backends", "transports", "targets", "recipes",
-    "calib",
+    "datasets", "networks", "activations", "methods", "quantizers", "backends", "transports", "modes", "targets",
+    "recipes", "calib",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from edgekd import stats
 from edgekd.artifact import Artifact
+from edgekd.bench.latencies import DURATION, START, of_batch
 from edgekd.report.document import (
     NETWORKS,
     RUNGS,
@@ -223,15 +224,18 @@ def _latencies(bench: Artifact | None) -> Latencies:
 
 
 def _latency(bench: Artifact, name: str) -> Latency:
-    """From a samples file, whose rows are launch, block, start_ns, duration_ns; time starts with the first of both."""
+    """From a samples file, see edgekd.bench.latencies; time starts with the first of both models."""
     found = bench.result["latency"]
-    tables = {model: np.load(bench.file(found[model]["samples_file"]), allow_pickle=False) for model in found}
-    first_ns = min(table[0, 2] for table in tables.values())
+    tables = {
+        model: of_batch(np.load(bench.file(one["samples_file"]), allow_pickle=False), one["samples_per_query"])
+        for model, one in found.items()
+    }
+    first_ns = min(table[0, START] for table in tables.values())
     return Latency(
         **found[name],
         energy=bench.result.get("energy", {}).get(name, []),
-        samples_ms=(tables[name][:, 3] / 1e6).tolist(),
-        samples_time_s=((tables[name][:, 2] - first_ns) / 1e9).tolist(),
+        samples_ms=(tables[name][:, DURATION] / 1e6).tolist(),
+        samples_time_s=((tables[name][:, START] - first_ns) / 1e9).tolist(),
     )
 
 

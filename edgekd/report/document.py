@@ -46,13 +46,14 @@ class Budget(Part):
 
 
 class Speedup(Part):
-    """Teacher latency over student latency (above 1: the student is faster) with its 95% interval.
+    """How much faster the student is than the teacher, by what it is a ratio `of`, with its 95% interval.
 
     `by_launch`: the ratio of every launch of fresh processes, in time order.
     """
 
     value: Positive
     ci95: Span
+    of: str = "median latency"
     by_launch: list[Positive] = Field([])
 
 
@@ -113,7 +114,7 @@ class Energy(Part):
 
 
 class Latency(Part):
-    """One model's latencies on the target, in the fields of `edgekd.bench.summary`.
+    """One model's latencies on the target, in the fields of `edgekd.bench.summary`; a query has some samples.
 
     The early-stopping percentiles are MLPerf's estimates that hold with 99% confidence, None with too few queries.
     The samples are in time order; more than `MAX_SAMPLES` are thinned evenly.
@@ -127,6 +128,7 @@ class Latency(Part):
     mean_ms: Positive
     std_ms: float = Field(ge=0)
     n: int = Field(gt=0)
+    samples_per_query: int = Field(1, gt=0)
     warmup_n: Count
     throughput_per_s: Positive
     import_ms: float | None = None

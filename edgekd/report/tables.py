@@ -100,7 +100,7 @@ def _speedup(document: Document) -> Finding:
     if isinstance(speedup, Absent):
         return Finding("Speed-up", DASH, speedup.reason)
     low, high = speedup.ci95
-    return Finding("Speed-up", times(speedup.value), f"median latency; 95% interval {times(low)} to {times(high)}")
+    return Finding("Speed-up", times(speedup.value), f"{speedup.of}; 95% interval {times(low)} to {times(high)}")
 
 
 def _accuracy(document: Document) -> Finding:

@@ -50,8 +50,8 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     session = work / "session"
     found = benchmark(
         engines["student"], engines["teacher"], samples=job.images(0, len(labels)), labels=labels,
-        device=job.open_device(), workdir=session, seconds=spec.seconds,
-        launches=spec.launches, mode=spec.mode, lock_clocks=spec.lock_clocks, seed=job.recipe.seed,
+        device=job.open_device(), workdir=session, mode=job.mode(), launches=spec.launches,
+        lock_clocks=spec.lock_clocks, seed=job.recipe.seed,
         on_progress=lambda share, left_s, text: job.on_progress(share, text),
     )  # fmt: skip
     for file in session.iterdir():

@@ -24,6 +24,7 @@ from edgekd.target import Target
 if TYPE_CHECKING:
     from torch import nn
 
+    from edgekd.bench.modes import Mode
     from edgekd.methods import Method
     from edgekd.quantize.quantizers import Quantizer
 
@@ -139,6 +140,12 @@ class Job:
         """What makes the student smaller than float32."""
         spec = self.recipe.quantize
         made: Quantizer = registry.create("quantizer", spec.method, options=spec.options, where="quantize")
+        return made
+
+    def mode(self) -> Mode:
+        """How the engines are asked on the device."""
+        spec = self.recipe.benchmark
+        made: Mode = registry.create("mode", spec.mode, options=spec.options, where="benchmark")
         return made
 
     @functools.cached_property

@@ -40,14 +40,14 @@ def test_energy_between_two_readings_of_a_counter_that_begins_anew(tmp_path):
     meter = Meter(Rails(str(board_files.write(tmp_path, board_files.RAPL_MACHINE))))
     for queries, before, after in ((10, 1_000, 51_000), (20, 262_143_320_000, 91_150)):
         (tmp_path / RAIL).write_text(str(before))
-        meter.begin("student")
+        meter.begin("student", 0)
         (tmp_path / RAIL).write_text(str(after))
         meter.end(queries)
     meter.close()
     package, _ = meter.of("student")
     # 50 mJ, then 8.85 mJ to the end of the counter and 91.15 from its start.
     assert package["mj"] == pytest.approx(50 + (262_143_328.850 - 262_143_320) + 91.15)
-    assert (package["rail"], package["sensor"], package["queries"]) == ("package-0", "rapl", 30)
+    assert (package["rail"], package["sensor"], package["samples"]) == ("package-0", "rapl", 30)
 
 
 def test_energy_by_a_monitor_is_its_mean_times_the_time_on_turn(tmp_path):
@@ -56,7 +56,7 @@ def test_energy_by_a_monitor_is_its_mean_times_the_time_on_turn(tmp_path):
     volts.write_text("5000")
     for model, current in (("student", "1000"), ("teacher", "3000")):
         amperes.write_text(current)
-        meter.begin(model)
+        meter.begin(model, 0)
         time.sleep(0.4)
         meter.end(100)
     meter.close()
@@ -70,7 +70,7 @@ def test_energy_by_a_monitor_is_its_mean_times_the_time_on_turn(tmp_path):
 
 def test_a_machine_without_monitors_has_no_rows(tmp_path):
     meter = Meter(Rails(str(tmp_path)))
-    meter.begin("student")
+    meter.begin("student", 0)
     meter.end(1)
     meter.close()
     assert meter.of("student") == []

@@ -13,6 +13,7 @@ from edgekd import registry
 from edgekd.activations import FORMS
 from edgekd.backends import Engine
 from edgekd.bench import benchmark
+from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.device import Device
 from edgekd.errors import StageError
 
@@ -114,7 +115,7 @@ def test_the_agent_runs_it(engine, tmp_path):
         labels=np.zeros(20, np.int64),
         device=Device("local:", tmp_path / "jobs"),
         workdir=tmp_path / "bench",
-        seconds=0.1,
+        mode=SingleStream(seconds=0.1),
         launches=6,
     )
     assert result["accuracy"]["student"] | {"logits_file": ""} == result["accuracy"]["teacher"] | {"logits_file": ""}

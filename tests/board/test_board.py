@@ -16,6 +16,7 @@ from edgekd import backends, registry
 from edgekd.backends import Engine
 from edgekd.backends.null import Null
 from edgekd.bench import MIN_LAUNCHES, benchmark
+from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.device import Device, bootstrap, ssh
 from edgekd.errors import ConnectionLost, StageError
 
@@ -84,7 +85,7 @@ def null_engine(folder):
 def measure(board, engines, samples, folder):
     return benchmark(
         *engines, samples=samples[0], labels=samples[1], device=Device(board.url, folder),
-        workdir=folder / "work", seconds=0.5, launches=MIN_LAUNCHES,
+        workdir=folder / "work", mode=SingleStream(seconds=0.5), launches=MIN_LAUNCHES,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from edgekd.backends import Engine, write_settings
 from edgekd.backends.null import Null
 from edgekd.bench import benchmark
 from edgekd.bench.deployment import ATTEMPTS
+from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.device import Device, Job, ssh
 from edgekd.device.porter import processes_in
 from edgekd.errors import ConnectionLost, StageError
@@ -45,7 +46,7 @@ def measure(url, folder, **options):
     samples, labels = np.zeros((12, 1, 4, 4), np.float32), np.arange(12) % 3
     device = Device(url, folder / "jobs")
     return benchmark(*engines, samples=samples, labels=labels, device=device, workdir=folder / "work",
-                     **({"seconds": 0.3, "launches": LAUNCHES} | options))  # fmt: skip
+                     mode=SingleStream(seconds=0.3), **({"launches": LAUNCHES} | options))  # fmt: skip
 
 
 @pytest.fixture

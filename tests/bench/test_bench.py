@@ -8,60 +8,23 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from bench_parts import CORRECT, LAUNCHES, QUERIES, ROUNDS, measured, table, tables
 
-from edgekd.backends import Engine, write_settings
-from edgekd.backends.null import Null
-from edgekd.bench import MIN_LAUNCHES, benchmark
 from edgekd.bench.arrays import correct_from_logits, table_from_latencies
-from edgekd.bench.speedup import speedups
+from edgekd.bench.latencies import speedups
+from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.bench.summary import summarize
 from edgekd.bench.validity import invalid_because
-from edgekd.device import Device
 from edgekd.errors import RecipeError, StageError
 
-LAUNCHES, ROUNDS, QUERIES = 9, 6, 20
-
-
-def table(ms, *, noise=0.01, drift=0.0, seed=0):
-    """Latencies as the agent writes them: `ms` with noise, and slower by the share `drift` at the end."""
-    rng = np.random.default_rng(seed)
-    launch, block, _ = np.indices((LAUNCHES, 2 * ROUNDS, QUERIES)).reshape(3, -1)
-    duration = ms * 1e6 * rng.lognormal(0, noise, launch.size) * np.linspace(1, 1 + drift, launch.size)
-    return np.stack([launch, block, np.arange(launch.size) * 10**6, duration.astype(np.int64)], axis=1)
-
-
-def measured(**row):
-    """What the agent says of a quiet run on 4 cores, changed by `row` in the telemetry."""
-    quiet = {
-        "launch": 0, "seconds": 0.5, "own_cpu_s": 0.5, "foreign_cpu_s": 0.02, "steal_s": 0.0,
-        "load_average": 0.3, "clock_hz": [1_500_000_000] * 4, "temperature_c": {"cpu": 50.0}, "power_mw": {},
-        "throttled": None, "throttle_count": 0,
-    }  # fmt: skip
-    launch = {
-        "facts": {"runtime": "null"}, "import_ms": 1.0, "load_ms": 2.0, "rss_before_load_bytes": 1,
-        "peak_rss_bytes": 2, "warmup_n": 10, "warmup_stable": True, "median_ns": 1, "energy": [],
-    }  # fmt: skip
-    return {
-        "version": 1,
-        "models": {name: [dict(launch) for _ in range(LAUNCHES)] for name in ("student", "teacher")},
-        "telemetry": [quiet | row | {"time_s": 0.5 * i} for i in range(20)],
-        "device": {"cores": 4, "machine": "aarch64", "emulated": False},
-        "interruptions": 0,
-    }
-
-
-def tables(**changes):
-    return {"student": table(1.0, seed=1, **changes), "teacher": table(3.0, seed=2, **changes)}
-
-
-CORRECT = {"student": np.arange(200) % 10 > 0, "teacher": np.arange(200) % 20 > 0}
+SINGLE = SingleStream()
 
 
 # ---------------------------------------------------------------- from what was measured to the result
 
 
 def test_a_quiet_run_is_valid_and_says_how_much_faster():
-    result = summarize(measured(), tables(), CORRECT)
+    result = summarize(measured(), tables(), CORRECT, SINGLE)
     assert (result["status"], result["reasons"]) == ("VALID", [])
     assert result["speedup"]["value"] == pytest.approx(3.0, rel=0.01)
     low, high = result["speedup"]["ci95"]
@@ -72,7 +35,7 @@ def test_a_quiet_run_is_valid_and_says_how_much_faster():
 
 def test_the_latency_figures_are_those_of_the_table():
     rows = table(2.0, noise=0.3)
-    latency = summarize(measured(), {"student": rows, "teacher": rows}, CORRECT)["latency"]["student"]
+    latency = summarize(measured(), {"student": rows, "teacher": rows}, CORRECT, SINGLE)["latency"]["student"]
     ms = rows[:, 3] / 1e6
     assert latency["n"] == len(ms) == LAUNCHES * 2 * ROUNDS * QUERIES
     for name, q in (("p50_ms", 50), ("p90_ms", 90), ("p99_ms", 99)):
@@ -85,7 +48,7 @@ def test_the_latency_figures_are_those_of_the_table():
 
 
 def test_the_accuracy_change_is_student_minus_teacher():
-    result = summarize(measured(), tables(), CORRECT)
+    result = summarize(measured(), tables(), CORRECT, SINGLE)
     assert result["accuracy"]["student"]["top1"] == pytest.approx(0.9)
     assert result["accuracy"]["teacher"]["top1"] == pytest.approx(0.95)
     assert result["accuracy_change"]["value"] == pytest.approx(-0.05)
@@ -104,12 +67,12 @@ def test_what_slows_both_models_for_a_while_does_not_move_the_speedup():
 def test_one_odd_launch_does_not_move_the_interval():
     both = tables()
     both["student"][both["student"][:, 0] == 4, 3] *= 2
-    low, high = summarize(measured(), both, CORRECT)["speedup"]["ci95"]
+    low, high = summarize(measured(), both, CORRECT, SINGLE)["speedup"]["ci95"]
     assert 2.97 < low < high < 3.03
 
 
 def test_telemetry_is_series_with_units():
-    telemetry = summarize(measured(foreign_cpu_s=0.5, clock_hz=[1, 3, 2, 1]), tables(), CORRECT)["telemetry"]
+    telemetry = summarize(measured(foreign_cpu_s=0.5, clock_hz=[1, 3, 2, 1]), tables(), CORRECT, SINGLE)["telemetry"]
     assert telemetry["time_s"] == [0.5 * i for i in range(20)]
     assert set(telemetry["series"]) == {"cpu_c", "clock_hz", "load_average", "foreign_cpu_share", "steal_share"}
     assert telemetry["series"]["foreign_cpu_share"] == [0.25] * 20
@@ -120,7 +83,7 @@ def test_sensors_that_are_absent_are_left_out():
     rows = measured(clock_hz=[], temperature_c={})
     for row in rows["telemetry"]:
         del row["foreign_cpu_s"], row["steal_s"]
-    result = summarize(rows, tables(), CORRECT)
+    result = summarize(rows, tables(), CORRECT, SINGLE)
     assert set(result["telemetry"]["series"]) == {"load_average"}
     assert result["status"] == "VALID"
 
@@ -133,14 +96,14 @@ def test_sensors_that_are_absent_are_left_out():
     ],
 )
 def test_a_busy_machine_makes_it_invalid(row, reason):
-    assert invalid_because(measured(**row), tables()) == [reason]
+    assert invalid_because(measured(**row), tables(), SINGLE) == [reason]
 
 
 def test_changed_clocks_make_it_invalid():
     throttled = measured()
     for row in throttled["telemetry"][10:]:
         row["clock_hz"] = [600_000_000] * 4
-    assert invalid_because(throttled, tables()) == ["clocks changed: from 600 to 1500 MHz during the run"]
+    assert invalid_because(throttled, tables(), SINGLE) == ["clocks changed: from 600 to 1500 MHz during the run"]
 
 
 @pytest.mark.parametrize(
@@ -155,18 +118,18 @@ def test_changed_clocks_make_it_invalid():
 def test_a_throttled_board_makes_it_invalid(row, reason):
     once = measured()
     once["telemetry"][7].update(row)
-    assert invalid_because(once, tables()) == [reason]
+    assert invalid_because(once, tables(), SINGLE) == [reason]
 
 
 def test_what_happened_before_the_run_does_not():
-    assert invalid_because(measured(throttled=0x50000, throttle_count=7), tables()) == []
+    assert invalid_because(measured(throttled=0x50000, throttle_count=7), tables(), SINGLE) == []
 
 
 def test_a_processor_that_counts_its_slowdowns_makes_it_invalid():
     hot = measured()
     for row in hot["telemetry"][10:]:
         row["throttle_count"] = 12
-    assert invalid_because(hot, tables()) == [
+    assert invalid_because(hot, tables(), SINGLE) == [
         "throttled: the processor slowed down 12 times because it was too hot",
     ]
 
@@ -174,7 +137,7 @@ def test_a_processor_that_counts_its_slowdowns_makes_it_invalid():
 def test_an_emulated_board_makes_it_invalid():
     emulated = measured()
     emulated["device"]["emulated"] = True
-    assert invalid_because(emulated, tables()) == [
+    assert invalid_because(emulated, tables(), SINGLE) == [
         "emulated: aarch64 is emulated there, its times are not a board's",
     ]
 
@@ -182,9 +145,9 @@ def test_an_emulated_board_makes_it_invalid():
 def test_energy_is_that_of_one_inference_by_rail():
     rows = measured(power_mw={"VDD_IN": 5000.0})
     for number, launch in enumerate(rows["models"]["student"]):
-        energy = {"rail": "VDD_IN", "sensor": "ina3221", "mj": 100.0 + number, "queries": 50, "seconds": 1.0}
+        energy = {"rail": "VDD_IN", "sensor": "ina3221", "mj": 100.0 + number, "samples": 50, "turn": 0}
         launch["energy"] = [energy]
-    result = summarize(rows, tables(), CORRECT)
+    result = summarize(rows, tables(), CORRECT, SINGLE)
     assert result["energy"]["student"] == [
         {"rail": "VDD_IN", "sensor": "ina3221", "per_inference_mj": pytest.approx(104 / 50), "launches": LAUNCHES}
     ]
@@ -196,19 +159,19 @@ def test_an_idle_core_that_slows_down_is_no_changed_clock():
     idle = measured()
     for row in idle["telemetry"][::2]:
         row["clock_hz"] = [1_500_000_000, 600_000_000, 600_000_000, 600_000_000]
-    assert invalid_because(idle, tables()) == []
+    assert invalid_because(idle, tables(), SINGLE) == []
 
 
 def test_too_few_queries_make_it_invalid():
     few = {name: rows[:: len(rows) // 63][:63] for name, rows in tables().items()}
-    assert invalid_because(measured(), few) == [
+    assert invalid_because(measured(), few, SINGLE) == [
         "too short: 63 queries of the student, at least 64 are needed for p90",
         "too short: 63 queries of the teacher, at least 64 are needed for p90",
     ]
 
 
 def test_drift_makes_it_invalid():
-    reasons = invalid_because(measured(), {"student": table(1.0), "teacher": table(3.0, drift=0.12)})
+    reasons = invalid_because(measured(), {"student": table(1.0), "teacher": table(3.0, drift=0.12)}, SINGLE)
     assert len(reasons) == 1
     assert re.fullmatch(r"unstable: the teacher's latency drifted by \+[78]\.\d%, at most 5% allowed", reasons[0])
 
@@ -219,44 +182,18 @@ def test_unsteady_medians_make_it_invalid():
     factors = rng.uniform(0.8, 1.2, (LAUNCHES, ROUNDS))
     rows = both["student"]
     rows[:, 3] = rows[:, 3] * factors[rows[:, 0], rows[:, 1] // 2]
-    reasons = invalid_because(measured(), both)
+    reasons = invalid_because(measured(), both, SINGLE)
     assert re.match(r"unstable: the student's medians vary by 1\d\.\d% over time, at most 5% allowed", reasons[0])
 
 
 def test_a_warm_up_that_never_settles_makes_it_invalid():
     unsettled = measured()
     for launch in unsettled["models"]["teacher"][:5]:
-        launch["warmup_stable"] = False
-    assert invalid_because(unsettled, tables()) == ["unstable: the teacher did not settle in 5 of 9 warm-ups"]
+        launch["warm_up"][0]["stable"] = False
+    assert invalid_because(unsettled, tables(), SINGLE) == ["unstable: the teacher did not settle in 5 of 9 warm-ups"]
 
 
 # ---------------------------------------------------------------- on this machine
-
-
-def null_engine(folder, latency_ms, classes=3):
-    folder.mkdir()
-    settings = {"backend": "null", "threads": 1, "image": [1, 4, 4], "classes": classes, "latency_ms": latency_ms}
-    write_settings(folder, settings)
-    return Engine(folder.name, folder, Null.runner, "null")
-
-
-@pytest.fixture
-def run(tmp_path):
-    """Benchmark two null engines shortly."""
-
-    def benchmark_nulls(student_ms=0.2, teacher_ms=0.6, runner=None, **options):
-        student, teacher = null_engine(tmp_path / "a", student_ms), null_engine(tmp_path / "b", teacher_ms)
-        if runner:
-            (tmp_path / "own.py").write_text(runner)
-            student = Engine("own", student.folder, tmp_path / "own.py", "own")
-        samples, labels = np.zeros((12, 1, 4, 4), np.float32), np.arange(12) % 3
-        device, workdir = Device("local:", tmp_path / "jobs"), tmp_path / "work"
-        defaults = {"seconds": 0.3, "launches": 6}
-        return benchmark(
-            student, teacher, samples=samples, labels=labels, device=device, workdir=workdir, **(defaults | options)
-        )
-
-    return benchmark_nulls
 
 
 def runner_that(run):
@@ -314,7 +251,7 @@ def test_answers_that_cannot_be_scored_are_refused(tmp_path, logits, error):
         correct_from_logits(tmp_path / "logits.npy", np.zeros(2, np.int64), "student")
 
 
-@pytest.mark.parametrize("rows", [np.ones((5, 3), np.int64), np.ones((5, 4)), np.zeros((5, 4), np.int64)])
+@pytest.mark.parametrize("rows", [np.ones((5, 4), np.int64), np.arange(30.0).reshape(5, 6), np.ones((5, 6), np.int64)])
 def test_what_are_no_latencies_is_refused(tmp_path, rows):
     np.save(tmp_path / "latency.npy", rows)
     with pytest.raises(StageError, match=r"latency\.npy does not hold the latencies of the student"):
@@ -323,7 +260,7 @@ def test_what_are_no_latencies_is_refused(tmp_path, rows):
 
 def test_what_is_no_plain_array_is_not_opened(tmp_path):
     np.save(tmp_path / "pickle.npy", np.array([print], dtype=object), allow_pickle=True)
-    np.save(tmp_path / "short.npy", np.zeros((1000, 4), np.int64))
+    np.save(tmp_path / "short.npy", np.zeros((1000, 6), np.int64))
     (tmp_path / "short.npy").write_bytes((tmp_path / "short.npy").read_bytes()[:500])
     (tmp_path / "text.npy").write_text("hello")
     for name in ("pickle", "short", "text"):
@@ -346,13 +283,13 @@ def foreign_load(processes):
 @pytest.mark.slow
 def test_foreign_load_is_noticed(run):
     with foreign_load(2):
-        result = run(seconds=2.0)
+        result = run(mode=SingleStream(seconds=2.0))
     assert result["status"] == "INVALID"
     assert any(reason.startswith("foreign load: other processes used") for reason in result["reasons"])
 
 
 @pytest.mark.slow
 def test_a_planted_slowdown_of_3_percent_is_found(run):
-    low, high = run(student_ms=0.5, teacher_ms=0.515, seconds=3.0, launches=MIN_LAUNCHES)["speedup"]["ci95"]
+    low, high = run(student_ms=0.5, teacher_ms=0.515, mode=SingleStream(seconds=3.0))["speedup"]["ci95"]
     assert low > 1.0
     assert high < 1.1

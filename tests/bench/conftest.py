@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edgekd.backends import Engine, write_settings
+from edgekd.backends.null import Null
+from edgekd.bench import benchmark
+from edgekd.bench.modes.single_stream import SingleStream
+from edgekd.device import Device
+
+
+def null_engine(folder, latency_ms, classes=3):
+    folder.mkdir()
+    settings = {"backend": "null", "threads": 1, "image": [1, 4, 4], "classes": classes, "latency_ms": latency_ms}
+    write_settings(folder, settings)
+    return Engine(folder.name, folder, Null.runner, "null")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Benchmark two null engines shortly."""
+
+    def benchmark_nulls(student_ms=0.2, teacher_ms=0.6, runner=None, mode=None, launches=6, **options):
+        student, teacher = null_engine(tmp_path / "a", student_ms), null_engine(tmp_path / "b", teacher_ms)
+        if runner:
+            (tmp_path / "own.py").write_text(runner)
+            student = Engine("own", student.folder, tmp_path / "own.py", "own")
+        samples, labels = np.zeros((12, 1, 4, 4), np.float32), np.arange(12) % 3
+        device, workdir = Device("local:", tmp_path / "jobs"), tmp_path / "work"
+        mode = mode or SingleStream(seconds=0.3)
+        return benchmark(
+            student, teacher, samples=samples, labels=labels, device=device, workdir=workdir, mode=mode,
+            launches=launches, **options,
+        )  # fmt: skip
+
+    return benchmark_nulls
