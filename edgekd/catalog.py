@@ -78,10 +78,12 @@ def health(device: str, store: Path, *, install: bool = False) -> list[dict[str,
         found.append(_row(f"backend {entry.name}", reason.partition(":")[0] or "ready", reason.partition(": ")[2]))
     found.append(_disk(store))
     with tempfile.TemporaryDirectory() as folder:
+        there = Device(device, Path(folder))
         if install:
-            bootstrap.install(Device(device, Path(folder)))
-        there = bootstrap.findings(Device(device, Path(folder)).facts(), device)
-    return found + [_row(f"{device} {one.what}", one.found, one.fix) for one in there]
+            bootstrap.install(there)
+            there = Device(device, Path(folder))  # whose Python is the one that was installed
+        looked_at = [*bootstrap.findings(there.facts(), device), bootstrap.turn(there)]
+    return found + [_row(f"{device} {one.what}", one.found, one.fix) for one in looked_at]
 
 
 def _disk(store: Path) -> dict[str, str]:

@@ -43,7 +43,8 @@ def measured_on(
     """
     bundle = _bundle(engines, samples, settings, workdir)
     # Named by what is measured: a benchmark that a killed host left on the device is gone on with.
-    with device.job(_sha256(workdir / "spec.json")[:16]) as job:
+    name = _sha256(workdir / "spec.json")[:16]
+    with device.reserved(lambda text: on_progress and on_progress(0.0, 0.0, text)), device.job(name) as job:
         job.put(bundle)
         argv = [job.python, *ARGV]
         _measure(job, argv, timeout, on_progress)

@@ -9,10 +9,15 @@ with device.job() as job:
 
 from __future__ import annotations
 
+import getpass
 import json
+import secrets
+import socket
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl
@@ -22,13 +27,26 @@ from edgekd import registry
 from edgekd.device.process import Finished, last_lines, run
 from edgekd.errors import ConnectionLost, StageError
 
-__all__ = ["AGENT", "JSON_LIMIT_BYTES", "Device", "Finished", "Job", "Transport", "last_lines", "not_fetched", "parsed"]
+__all__ = [
+    "AGENT", "JSON_LIMIT_BYTES", "BusyError", "Device", "Finished", "Job", "Transport", "last_lines", "not_fetched",
+    "parsed", "text_from_holder", "wait_for",
+]  # fmt: skip
 
 AGENT = Path(edgekd.__file__).with_name("agent")
 FACTS_TIMEOUT_S = 180.0  # a slow board that is busy
 # The agent's documents are a few hundred kilobytes and 6 levels deep; what is more did not come from the agent.
 JSON_LIMIT_BYTES = 16 << 20
 JSON_LIMIT_DEPTH = 16
+TURN_PATIENCE_S = 12 * 3600.0  # a job that others wait for may measure for hours
+TURN_EVERY_S = 2.0
+
+
+class BusyError(Exception):
+    """The device belongs to another job now; the argument is who has it."""
+
+    def __init__(self, who: Mapping[str, str]) -> None:
+        super().__init__(who)
+        self.who = text_from_holder(who)
 
 
 class Transport(ABC):
@@ -57,6 +75,18 @@ class Transport(ABC):
     @abstractmethod
     def remove_folder(self, folder: str) -> None:
         """End what still runs there, and delete the folder and everything in it."""
+
+    @abstractmethod
+    def lock(self, owner: Mapping[str, str]) -> None:
+        """Keep other jobs off the device, until `unlock` or our own end. Raises BusyError with who has it."""
+
+    @abstractmethod
+    def unlock(self) -> None:
+        """Let other jobs come."""
+
+    @abstractmethod
+    def holder(self) -> dict[str, str]:
+        """Who has locked the device: user, host, since; empty when nobody has."""
 
     @abstractmethod
     def put(self, sources: Mapping[str, Path], folder: str) -> None:
@@ -114,6 +144,22 @@ class Device:
             if not keep:
                 self.transport.remove_folder(folder)
 
+    @contextmanager
+    def reserved(self, on_wait: Callable[[str], None]) -> Iterator[None]:
+        """No other job comes to the device meanwhile. While one has it, wait, and tell for whom.
+
+        Raises StageError when that takes too long.
+        """
+        owner = {
+            "user": getpass.getuser(), "host": socket.gethostname(), "token": secrets.token_hex(16),
+            "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        }  # fmt: skip
+        wait_for(lambda: self.transport.lock(owner), self.url, on_wait)
+        try:
+            yield
+        finally:
+            self.transport.unlock()
+
     def facts(self) -> dict[str, Any]:
         """What machine it is and how it is doing now, found out by the agent on the machine itself."""
         with self.job() as job:
@@ -121,6 +167,29 @@ class Device:
             finished = job.run([job.python, "-m", "agent", "facts"], timeout=FACTS_TIMEOUT_S)
         finished.check(f"the agent on {self.url}")
         return parsed(finished.stdout, f"the facts of {self.url}")
+
+
+def wait_for(lock: Callable[[], None], url: str, on_wait: Callable[[str], None]) -> None:
+    """Try to lock a device until it is free. Raises StageError when that takes too long."""
+    deadline = time.monotonic() + TURN_PATIENCE_S
+    while True:
+        try:
+            return lock()
+        except BusyError as busy:
+            if time.monotonic() > deadline:
+                raise StageError(
+                    f'device "{url}" is in use by {busy.who}',
+                    allowed=f"one job at a time has a device; waited {TURN_PATIENCE_S / 3600:g} hours",
+                    fix="ask whose it is, and run it again",
+                ) from None
+            on_wait(f"waiting: in use by {busy.who}")
+            time.sleep(TURN_EVERY_S)
+
+
+def text_from_holder(who: Mapping[str, str]) -> str:
+    """`anna@laptop since 2026-01-31 14:03 UTC`; what is written there may be anybody's."""
+    text = f"{who.get('user', '')}@{who.get('host', '')} since {who.get('since', '')}"
+    return "".join(character for character in text if character.isprintable())
 
 
 class Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import subprocess
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from edgekd.device import Device, last_lines
+from edgekd.device import Device, last_lines, text_from_holder
 from edgekd.errors import MissingError
+
+_log = logging.getLogger(__name__)
 
 RUNTIME_PACKAGES = ("numpy", "onnxruntime")
 DOWNLOAD_TIMEOUT_S = 900.0
@@ -41,6 +44,12 @@ class Finding:
 def findings(facts: dict[str, Any], url: str) -> list[Finding]:
     """What the facts of a device mean for edgekd."""
     return [*_machine(facts), *_software(facts, url), *_condition(facts)]
+
+
+def turn(device: Device) -> Finding:
+    """Whether a job has the device now."""
+    who = device.transport.holder()
+    return Finding("in use", f"by {text_from_holder(who)}" if who else "by nobody", "wait for it" if who else "")
 
 
 def _machine(facts: dict[str, Any]) -> Iterator[Finding]:
@@ -120,7 +129,7 @@ def install(device: Device, packages: Sequence[str] = RUNTIME_PACKAGES) -> None:
             fix="pip install 'edgekd[train]'",
         )
     facts = device.facts()
-    with tempfile.TemporaryDirectory() as folder, device.job() as job:
+    with tempfile.TemporaryDirectory() as folder, device.reserved(_log.warning), device.job() as job:
         pip = _download(facts, packages, Path(folder), device.url)
         job.put({"wheels": Path(folder)})
         venv = PurePosixPath(job.folder).parents[1] / "venv"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edgekd.device import Transport, not_fetched, porter
+from edgekd.device import BusyError, Transport, not_fetched, porter
 from edgekd.errors import RecipeError
 from edgekd.registry import register
 
@@ -36,6 +37,26 @@ class Local(Transport):
     def remove_folder(self, folder: str) -> None:
         """End what still runs in it, and delete it."""
         porter.remove(self._root, folder)
+
+    def lock(self, owner: Mapping[str, str]) -> None:
+        """Lock a file in the work directory."""
+        Path(self._root).mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = porter.take(self._lock_file, dict(owner))
+        except porter.RefusedError as error:
+            raise BusyError(error.args[1]) from None
+
+    def unlock(self) -> None:
+        """Let go of it."""
+        os.close(self._lock)
+
+    def holder(self) -> dict[str, str]:
+        """Who has locked it."""
+        return porter.holder(self._lock_file)
+
+    @property
+    def _lock_file(self) -> str:
+        return str(Path(self._root, "lock"))
 
     def put(self, sources: Mapping[str, Path], folder: str) -> None:
         """Copy. Not a link: what runs there must not reach what is stored here."""

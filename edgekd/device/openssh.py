@@ -26,6 +26,7 @@ CONNECT_TIMEOUT_S = 15
 HELLO_TIMEOUT_S = 60.0  # until a loaded board has started its Python
 PATIENCE_S = 300.0  # with one step of a conversation: a slow card may write for minutes
 KEEPALIVE_S, KEEPALIVES = 5, 3  # a peer that is silent for 15 s is gone
+HANG_UP_S = 2.0
 REPLY_LIMIT_BYTES = 1 << 20
 OLDEST_PYTHON = (3, 8)
 # Ours win over the user's configuration: no questions, no unknown host, nothing forwarded to the board.
@@ -132,6 +133,8 @@ class Connection:
         """The command here that runs the shell command `remote` there."""
         ssh, *rest = self.address.client()
         options = OPTIONS | {"ControlMaster": "yes" if master else "no", "ControlPath": self._socket}
+        if not master:  # where the shared connection is gone, ssh would silently open one of its own
+            options["ProxyCommand"] = "false"
         given = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
         return [ssh, "-T", *given, *rest[:-1], "--", rest[-1], remote]
 
@@ -242,6 +245,18 @@ class Conversation:
             self.reply()
             self._cut()
 
+    def hang_up(self) -> None:
+        """Let the other side come to its end by itself."""
+        with contextlib.suppress(OSError):
+            self._in.close()
+        self.ends(HANG_UP_S)
+
+    def beat(self) -> None:
+        """Say that we are here, to whoever still listens."""
+        with contextlib.suppress(OSError):
+            self._in.write(b".")
+            self._in.flush()
+
     @contextmanager
     def _within(self, seconds: float) -> Iterator[None]:
         timer = threading.Timer(seconds, self._process.kill)
@@ -256,6 +271,34 @@ class Conversation:
         self._errors.seek(0)
         said = self._errors.read(1 << 16).decode("utf-8", "replace")
         raise CutError(status, [line.rstrip() for line in said.splitlines() if line.strip()])
+
+
+class Held:
+    """A command on the board that has what it asked for as long as it hears from us.
+
+    Raises porter.RefusedError when it does not get it, CutError when there is no answer.
+    """
+
+    def __init__(self, argv: list[str]) -> None:
+        self._talk, self._over = Conversation(argv), threading.Event()
+        try:
+            self._talk.reply()
+        except BaseException:
+            self._talk.__exit__()
+            raise
+        self._pulse = threading.Thread(target=self._beat, daemon=True)
+        self._pulse.start()
+
+    def _beat(self) -> None:
+        while not self._over.wait(porter.HEARTBEAT_S):
+            self._talk.beat()
+
+    def close(self) -> None:
+        """Let it go."""
+        self._over.set()
+        self._pulse.join()
+        self._talk.hang_up()
+        self._talk.__exit__()
 
 
 def _socket_folder() -> Path:

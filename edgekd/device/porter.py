@@ -6,6 +6,7 @@ installed on a board or kept in step with us.
     ROOT/jobs/job-*            a folder per job, as root
     ROOT/files/SHA256          what was ever sent: it is not sent again
     ROOT/files/SHA256.part     ... as far as it has arrived
+    TMP/edgekd.lock            locked while somebody's job has the device; says whose
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import ctypes
+import fcntl
 import glob
 import hashlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -184,6 +187,85 @@ def _say(outgoing: BinaryIO, message: Any) -> None:
     outgoing.flush()
 
 
+# ---------------------------------------------------------------- one job at a time
+
+
+def device_lock() -> str:
+    """The file that all who log in here share."""
+    return os.path.join(tempfile.gettempdir(), "edgekd.lock")
+
+
+def take(lock: str, owner: dict[str, str]) -> int:
+    """Lock the device for one job: until the descriptor is closed, or its process dies, of whatever.
+
+    What the same owner holds is taken over: a connection that was lost may not have been noticed here. Raises
+    RefusedError("busy", who) while another owner holds it.
+    """
+    deadline = time.monotonic() + GRACE_S
+    while True:
+        descriptor = _opened(lock)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Unless somebody has deleted it meanwhile: then a third one may lock a file of the same name.
+            if os.path.exists(lock) and os.path.samestat(os.stat(lock), os.fstat(descriptor)):
+                break
+        except BlockingIOError:
+            who = _written(descriptor)
+            ours = who.get("token") == owner["token"] and who["pid"].isdigit()
+            if not ours or time.monotonic() > deadline:
+                os.close(descriptor)
+                raise RefusedError("busy", who) from None
+            _kill(int(who["pid"]), signal.SIGKILL)
+            time.sleep(0.05)
+        os.close(descriptor)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(dict(owner, pid=os.getpid())).encode(), 0)
+    return descriptor
+
+
+def holder(lock: str) -> dict[str, Any]:
+    """Who has locked the device; empty when nobody has."""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return {}
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return {}
+    except BlockingIOError:
+        return _written(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _opened(lock: str) -> int:
+    """The lock's file, for everybody. Where folders are shared, Linux forbids O_CREAT for a file of somebody else's."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            os.fchmod(descriptor, 0o666)
+            return descriptor
+
+
+def _written(descriptor: int) -> dict[str, Any]:
+    """What the lock's holder wrote of itself; anybody may have written there."""
+    try:
+        who = json.loads(os.pread(descriptor, 4096, 0))
+        return {name: str(who.get(name, ""))[:100] for name in ("user", "host", "since", "token", "pid")}
+    except (ValueError, AttributeError):
+        return {"user": "somebody"}
+
+
+def hold(lock: str, owner: dict[str, str], outgoing: BinaryIO) -> None:
+    """Lock the device until the host goes."""
+    descriptor = take(lock, owner)
+    _say(outgoing, {"done": None})
+    _wait_for_the_host_to_go()
+    os.close(descriptor)
+
+
 # ---------------------------------------------------------------- commands
 
 
@@ -215,15 +297,18 @@ def run(folder: str, argv: list[str]) -> int:
 
 
 def _end_without_host(child: subprocess.Popen[bytes], ended: threading.Event) -> None:
-    import select
-
-    while select.select([0], [], [], SILENCE_S)[0] and os.read(0, 4096):
-        pass
+    _wait_for_the_host_to_go()
     with contextlib.suppress(OSError):
         os.killpg(child.pid, signal.SIGTERM)
     if not ended.wait(GRACE_S):
         for pid in _descendants():
             _kill(pid, signal.SIGKILL)
+
+
+def _wait_for_the_host_to_go() -> None:
+    """Until it closes our standard input, or says nothing there for long."""
+    while select.select([0], [], [], SILENCE_S)[0] and os.read(0, 4096):
+        pass
 
 
 def _end_descendants() -> None:
@@ -268,6 +353,10 @@ def main(request: str) -> int:
             fetch(outgoing=outgoing, **arguments)
         elif do == "make":
             _say(outgoing, {"done": make(**arguments)})
+        elif do == "hold":
+            hold(lock=device_lock(), outgoing=outgoing, **arguments)
+        elif do == "holder":
+            _say(outgoing, {"done": holder(device_lock())})
         else:
             remove(**arguments)
             _say(outgoing, {"done": None})

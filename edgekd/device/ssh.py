@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from edgekd.device import Transport, not_fetched, porter
-from edgekd.device.openssh import Address, Connection, Conversation, CutError, UnreachableError
+from edgekd.device import BusyError, Transport, not_fetched, porter, wait_for
+from edgekd.device.openssh import Address, Connection, Conversation, CutError, Held, UnreachableError
 from edgekd.device.process import Finished, last_lines
 from edgekd.errors import ConnectionLost, EdgekdError, RecipeError, StageError
 from edgekd.registry import register
@@ -54,6 +54,8 @@ class Ssh(Transport):
         self._address = _address(url, config, python)
         self._connection = Connection(self._address)
         self._known = False
+        self._owner: Mapping[str, str] | None = None
+        self._held: Held | None = None
         weakref.finalize(self, self._connection.close)
 
     @property
@@ -74,6 +76,32 @@ class Ssh(Transport):
             self._ask("remove", root=self._root, folder=folder)
         except EdgekdError as error:
             _log.warning("%s stays on %s until the next run there: %s", folder, self._address.url, error.what)
+
+    def lock(self, owner: Mapping[str, str]) -> None:
+        """A process on the board holds the lock, as long as it hears from us; after a lost connection, another one."""
+        self._retried(lambda: self._lock(owner))
+        self._owner = owner
+
+    def unlock(self) -> None:
+        """End that process."""
+        self._owner = None
+        if self._held:
+            self._held.close()
+            self._held = None
+
+    def holder(self) -> dict[str, str]:
+        """Who has locked the board."""
+        found: dict[str, str] = self._retried(lambda: self._ask("holder"))
+        return found
+
+    def _lock(self, owner: Mapping[str, str]) -> None:
+        if self._held:
+            self._held.close()
+        try:
+            with self._explained():
+                self._held = Held(self._connected().request("hold", owner=dict(owner)))
+        except porter.RefusedError as error:
+            raise BusyError(error.args[1]) from None
 
     def put(self, sources: Mapping[str, Path], folder: str) -> None:
         """Send what the board has not got yet; after a lost connection, go on where it stopped."""
@@ -138,12 +166,17 @@ class Ssh(Transport):
 
     @contextmanager
     def _talk(self, do: str, **arguments: Any) -> Iterator[Conversation]:
-        """A conversation with the porter; what goes wrong in it comes out in our words."""
+        """A conversation with the porter."""
+        with self._explained(), Conversation(self._connected().request(do, **arguments)) as talk:
+            yield talk
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What goes wrong in a conversation comes out in our words."""
         try:
-            with Conversation(self._connected().request(do, **arguments)) as talk:
-                yield talk
+            yield
         except CutError as error:
-            if error.status == SSH_FAILED or error.status < 0 or not self._connection.alive:
+            if error.status == SSH_FAILED or error.status < 0 or self._connection.ends(within_s=NOTICE_S):
                 raise self._lost(error.lines) from None
             what = f'device "{self._address.url}": its Python ended with exit status {error.status}'
             raise StageError(what, allowed=last_lines(error.lines), fix="see: edgekd doctor --device URL") from None
@@ -178,7 +211,10 @@ class Ssh(Transport):
         while not self._connection.alive:
             try:
                 self._connection.open()
-            except UnreachableError as error:
+                if owner := self._owner:  # whoever waited for us may have come meanwhile
+                    wait_for(lambda: self._lock(owner), self._address.url, _log.warning)
+            except (UnreachableError, ConnectionLost) as error:
+                self._connection.close()
                 if not self._known:
                     raise
                 if time.monotonic() > deadline:

@@ -25,7 +25,7 @@ KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 MaxStartups 100
 UseDNS no
-SetEnv HOME={home}
+SetEnv HOME={home} TMPDIR={folder}/tmp
 """
 CLIENT = """\
 Host *
@@ -60,6 +60,7 @@ class Sshd:
     def __init__(self, folder: Path) -> None:
         self.folder, self.home, self.config = folder, folder / "home", folder / "config"
         self.home.mkdir(parents=True)
+        (folder / "tmp").mkdir()
         for name in ("host_key", "key"):
             make_key(folder / name)
         with socket.socket() as free:

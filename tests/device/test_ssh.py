@@ -85,6 +85,16 @@ def test_one_login_serves_all_commands(sshd, device):
     assert (sshd.folder / "log").read_text().count("Accepted publickey") == logins + 1
 
 
+def test_no_command_opens_a_connection_of_its_own(sshd, device):
+    assert device.transport.python
+    connection = device.transport._connection
+    argv = connection.request("holder")
+    assert subprocess.run(argv, capture_output=True, timeout=60, check=False).returncode == 0
+    sshd.cut()
+    assert connection.ends(within_s=60)
+    assert subprocess.run(argv, capture_output=True, timeout=60, check=False).returncode == 255
+
+
 def test_a_board_behind_another_is_reached(sshd, tmp_path):
     assert Device(sshd.url("jumped"), tmp_path).facts()["python"]
 
