@@ -25,6 +25,7 @@ STAND_ALONE = (
     "device.porter",
     "backends.null.runner",
     "backends.onnxruntime.runner",
+    "backends.openvino.runner",
     "backends.tensorrt.runner",
     "backends.tvm.runner",
     "backends.tensorrt.on_device",
@@ -37,6 +38,7 @@ HEAVY = {
         "quantize.buckets", "quantize.quantized_distillation", "stages", "preflight",
     ),
     "torchao": ("quantize.pt2e",),
+    "openvino": ("backends.openvino",),
     "tvm": ("backends.tvm",),
     "accelerate": ("teacher_logits", "distill", "stages", "pipeline"),
     "onnx": ("activations", "export", "quantize", "backends", "stages"),
@@ -110,8 +112,9 @@ def test_every_layer_is_there():
 
 @pytest.mark.parametrize("module", [name for name in MODULES if within(name, STAND_ALONE)])
 def test_what_is_copied_to_the_device_stands_alone(module):
-    allowed = {"numpy", "agent", "on_device", *sys.stdlib_module_names}
-    allowed |= {"onnxruntime"} if "onnxruntime" in module else set()
+    runtimes = {"backends.onnxruntime": "onnxruntime", "backends.openvino": "openvino"}
+    runtime = {package for folder, package in runtimes.items() if within(module, (folder,))}
+    allowed = {"numpy", "agent", "on_device", *runtime, *sys.stdlib_module_names}
     assert {name.partition(".")[0] for name in imports(MODULES[module])} <= allowed
 
 

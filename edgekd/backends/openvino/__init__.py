@@ -1,0 +1,112 @@
+"""OpenVINO: Intel's runtime for CPUs, x86 and ARM, and its own GPUs and NPUs; fuses LMA into one loop."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from edgekd.backends import Backend, write_settings
+from edgekd.errors import MissingError, StageError
+from edgekd.marks import LMA_MARK
+from edgekd.registry import register
+
+NEEDED = ("onnx", "openvino")
+
+
+@register("backend", "openvino")
+class OpenVino(Backend):
+    """OpenVINO on the device that it calls CPU, GPU or NPU; one that is asked for and not used is an error.
+
+    precision: that of layers which are not quantized. OpenVINO's own choice would be bf16 or f16 where the processor is
+    faster in it, and another network than the one that was validated.
+    """
+
+    name = "openvino"
+    precisions = ("fp32", "fp16", "int8")
+    builds_on = "host"
+    # Between 8-bit codes, clip_sum comes out wrong by a fifth of the largest logit; relu_sum, as fast, does not. With
+    # zero point 128, as ONNX Runtime likes it, OpenVINO cannot compile residual networks: it gets symmetric int8.
+    forms: ClassVar = {"any": "step_sum", "continuous": "relu_sum"}
+    runner = Path(__file__).with_name("runner.py")
+
+    def __init__(self, *, device: str = "CPU", precision: Literal["f32", "bf16", "f16"] = "f32") -> None:
+        self.device, self.precision = device, precision
+
+    def available(self) -> str:
+        """Empty, or why OpenVINO cannot be used here."""
+        missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+        return f"{' and '.join(missing)} not installed: pip install 'edgekd[openvino]'" if missing else ""
+
+    def check(self, onnx: Path) -> list[str]:
+        """Problems found by onnx's checker, among the layers, and by compiling the model."""
+        self.require()
+        from edgekd.backends.openvino import runner
+
+        if problems := _problems(onnx):
+            return problems
+        try:
+            runner.Runner(str(onnx), self._settings(threads=1))
+        except runner.DeviceError as error:
+            return [str(error)]
+        except RuntimeError as error:
+            return [f"openvino cannot compile {onnx.name}: {_text(error)}"]
+        return []
+
+    def compile(self, onnx: Path, out: Path, *, threads: int) -> dict[str, Any]:
+        """Write the model and prove that it compiles for exactly the device asked for."""
+        self.require()
+        from edgekd.backends.openvino import runner
+
+        try:
+            if problems := _problems(onnx):
+                raise RuntimeError(problems[0])
+            shutil.copyfile(onnx, out / "model.onnx")
+            write_settings(out, self._settings(threads))
+            facts: dict[str, Any] = runner.load(str(out)).facts
+        except runner.DeviceError as error:
+            raise MissingError(
+                str(error),
+                allowed=f"openvino has here: {', '.join(error.known)}",
+                fix="choose among these: {openvino: {device: CPU}} in the target",
+            ) from error
+        except RuntimeError as error:
+            raise StageError(
+                f"openvino cannot compile {onnx}: {_text(error)}",
+                allowed="the file is damaged, or it asks for what this OpenVINO does not have",
+                fix="export the model again or in another form, or use another backend",
+            ) from error
+        return facts
+
+    def _settings(self, threads: int) -> dict[str, Any]:
+        return {"backend": self.name, "threads": threads, "device": self.device, "precision": self.precision}
+
+
+def _problems(path: Path) -> list[str]:
+    """What onnx's checker says of a file, and LMA layers that OpenVINO is known to get wrong."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        return [f"{path.name} is not valid ONNX: {str(error).strip().splitlines()[0]}"]
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    if not any(node.op_type == "DequantizeLinear" for node in nodes):
+        return []
+    clipped = {entry.value for node in nodes if node.op_type == "Clip" for entry in node.metadata_props
+               if entry.key == LMA_MARK}  # fmt: skip
+    return [
+        f"LMA layer {name} is written as clip_sum, which openvino computes wrongly between 8-bit codes: "
+        "export.form = relu_sum"
+        for name in sorted(clipped)
+    ]
+
+
+def _text(error: Exception) -> str:
+    """The line that says what is wrong, without the places in OpenVINO's source around it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    told = [
+        line for line in lines if line and not line.startswith(("Exception from", "Check ", "FrontEnd API", "Summary"))
+    ]
+    return (told or lines)[-1]

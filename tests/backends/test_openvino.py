@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+pytest.importorskip("openvino", reason="OpenVINO is an extra: pip install 'edgekd[openvino]'")
+
+from edgekd import registry
+from edgekd.activations import multi_segment_layers
+from edgekd.backends.openvino import runner
+from edgekd.data import Shape
+from edgekd.errors import MissingError, StageError
+from edgekd.export import export
+from edgekd.networks import build
+from edgekd.quantize import ptq
+from edgekd.recipe import Choice
+
+SHAPE = (3, 16, 16)
+IMAGES = np.random.default_rng(0).standard_normal((16, *SHAPE)).astype(np.float32)
+
+
+def create(**options):
+    return registry.create("backend", "openvino", options=options)
+
+
+def exported(folder, form):
+    """A small network with continuous LMA that bends, in fp32."""
+    network = build(
+        "resnet", {"depth": 8, "width": 0.25}, Shape(*SHAPE), 5, Choice("lma", {"continuous": True}), seed=0
+    )
+    for _, layer in multi_segment_layers(network):
+        torch.nn.init.normal_(layer.slope_deltas, 0, 0.3)
+    with torch.no_grad():
+        network(torch.from_numpy(IMAGES))
+    file = folder / f"{form}.onnx"
+    export(network.eval(), file, example=IMAGES[:1], opset=18, dynamic_batch=True, form=form, metadata={})
+    return file
+
+
+def quantized(file):
+    onnx.save(ptq.prepare(file, IMAGES).quantized("minmax", 100), file)
+    return file
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_logits_equal_the_numpy_formula(make_onnx, expected, tmp_path, threads):
+    facts = create().compile(make_onnx(), tmp_path, threads=threads)
+    opened = runner.load(str(tmp_path))
+    for batch in (1, 7, 1):
+        x = np.random.default_rng(batch).standard_normal((batch, 3, 6, 6)).astype(np.float32)
+        np.testing.assert_allclose(opened.run(x), expected(x), rtol=1e-4, atol=1e-5)
+    assert (facts["threads"], facts["providers"], facts["precision"]) == (threads, ["CPU"], "f32")
+
+
+def test_what_a_run_returns_outlives_the_next(make_onnx, expected, tmp_path):
+    create().compile(make_onnx(), tmp_path, threads=1)
+    opened = runner.load(str(tmp_path))
+    x = np.ones((1, 3, 6, 6), np.float32)
+    first = opened.run(x)
+    opened.run(-x)
+    np.testing.assert_allclose(first, expected(x), rtol=1e-4)
+
+
+def test_the_facts_show_in_what_it_computes(tmp_path):
+    convolutions = {}
+    for precision in ("fp32", "int8"):
+        (tmp_path / precision).mkdir()
+        model = exported(tmp_path, "relu_sum")
+        if precision == "int8":
+            quantized(model)
+        kernels = create().compile(model, tmp_path / precision, threads=1)["kernels"]
+        convolutions[precision] = {name: n for name, n in kernels.items() if name.startswith("Convolution")}
+    assert sum(convolutions["fp32"].values()) == sum(convolutions["int8"].values()) == 7
+    assert all(name.endswith("f32") for name in convolutions["fp32"])
+    assert all(name.lower().endswith("i8") for name in convolutions["int8"])
+
+
+def test_lma_that_it_would_compute_wrongly_is_refused_in_int8_alone(tmp_path):
+    model = exported(tmp_path, "clip_sum")
+    assert create().check(model) == []
+    problems = create().check(quantized(model))
+    assert (
+        len(problems) == 7 and problems[0].startswith("LMA layer ") and problems[0].endswith("export.form = relu_sum")
+    )
+    with pytest.raises(StageError, match="computes wrongly between 8-bit codes"):
+        create().compile(model, tmp_path, threads=1)
+
+
+def test_a_device_that_is_not_here_is_missing(make_onnx, tmp_path):
+    backend = create(device="NPU")
+    if any(name.startswith("NPU") for name in __import__("openvino").Core().available_devices):
+        pytest.skip("this machine has an NPU")
+    assert backend.check(make_onnx()) == ["openvino has no NPU on this machine"]
+    with pytest.raises(MissingError) as caught:
+        backend.compile(make_onnx(), tmp_path, threads=1)
+    assert str(caught.value) == (
+        "error: openvino has no NPU on this machine\n"
+        "       openvino has here: CPU\n"
+        "fix:   choose among these: {openvino: {device: CPU}} in the target"
+    )
+
+
+def test_what_it_cannot_run_is_named(make_onnx, tmp_path):
+    model = make_onnx(operator="Magic", domain="my.ops")
+    (problem,) = create().check(model)
+    assert problem == "openvino cannot compile tiny.onnx: -- No conversion rule found for operations: my.ops.Magic"
+    with pytest.raises(StageError, match=r"my\.ops\.Magic"):
+        create().compile(model, tmp_path, threads=1)
+
+
+def test_nothing_reports_to_anybody(make_onnx, tmp_path):
+    create().compile(make_onnx(), tmp_path, threads=1)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import runner; runner.load(sys.argv[2]); "
+        "print([name for name in sys.modules if name.startswith('openvino_telemetry')])"
+    )
+    argv = [sys.executable, "-c", code, str(create().runner.parent), str(tmp_path)]
+    assert subprocess.run(argv, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_without_openvino_the_pip_line_is_given(make_onnx, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingError) as caught:
+        create().compile(make_onnx(), tmp_path, threads=1)
+    assert str(caught.value) == (
+        'error: backend "openvino" cannot be used here: openvino not installed\n'
+        "       what can be used: edgekd doctor\n"
+        "fix:   pip install 'edgekd[openvino]'"
+    )
