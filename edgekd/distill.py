@@ -166,13 +166,11 @@ class _Learner(nn.Module):
         super().__init__()
         self.student, self.method, self.num_classes = student, method, num_classes
 
-    def forward(
-        self, batch: Batch, progress: float, teacher: Callable[[], Tensor] | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, and what is logged of it."""
+    def forward(self, batch: Batch, progress: float, given: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and what is logged of it. given: the rest of what the step is made of."""
         step = Step(
-            batch.x, batch.y, progress=progress, student=self.student, teacher=teacher, index=batch.index,
-            student_taps=self.method.student_taps, teacher_taps=self.method.teacher_taps,
+            batch.x, batch.y, progress=progress, student=self.student, index=batch.index,
+            student_taps=self.method.student_taps, teacher_taps=self.method.teacher_taps, **given,
         )  # fmt: skip
         checked_logits(step.student_logits, self.num_classes, "student")
         # The networks' values may be rounded; what a method makes of their differences may not.
@@ -203,6 +201,7 @@ class _Run:
         self.batches = Batches(
             dataset.train, dataset, batch_size=spec.batch_size, augment=augment, seed=seed, device=self.device,
             rank=self.rank, world=self.accelerator.num_processes, channels_last=spec.channels_last,
+            replays=method.replays,
         )  # fmt: skip
         self.total = spec.epochs * len(self.batches)
         self.updates = math.ceil(len(self.batches) / spec.accumulate)  # in an epoch
@@ -249,12 +248,14 @@ class _Run:
         update, number = divmod(self.position, self.spec.accumulate)
         together = min(self.spec.accumulate, len(self.batches) - update * self.spec.accumulate)
         moves = number == together - 1
-        teacher = None if self.teacher is None else lambda: self._teacher_logits(batch)
+        given: dict[str, Any] = {"replay": self.position % self.method.replays}
+        if self.teacher is not None:
+            given |= {"teacher": lambda: self._teacher_logits(batch), "ask_teacher": self._ask_teacher}
         _seed_random(self.device, "step", self.seed, self.rank, self.done)
         if isinstance(self.network, FollowsTraining):
             self.network.follow(self.done / self.total)
         with contextlib.nullcontext() if moves else self.accelerator.no_sync(self.model):
-            loss, logged = self.model(batch, self.done / self.total, teacher)
+            loss, logged = self.model(batch, self.done / self.total, given)
             self.accelerator.backward(loss / together)
         self.sums = {name: self.sums.get(name, 0) + value for name, value in logged.items()}
         self.position += 1
@@ -269,7 +270,11 @@ class _Run:
         if self.logits is not None:
             return self.logits.of(self.epoch)[batch.index]
         with self.accelerator.autocast():
-            return checked_logits(answer(self.teacher, batch.x, "teacher"), self.dataset.num_classes, "teacher")
+            return self._ask_teacher(batch.x)
+
+    def _ask_teacher(self, x: Tensor) -> Tensor:
+        assert self.teacher is not None
+        return checked_logits(answer(self.teacher, x, "teacher"), self.dataset.num_classes, "teacher")
 
     def _move(self, update: int) -> None:
         if self.spec.clip:
@@ -291,7 +296,9 @@ class _Run:
             steps = [(f"at step {done}", names) for done, logged in self.unseen if (names := _not_finite(logged))]
             raise self._diverged(*[*steps, (f"by step {self.done}", wrong)][0])
         self.unseen.clear()
-        if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+        # Between replays of a batch a method may hold what a resumed run could not: there is no checkpoint there.
+        between = self.position % self.method.replays == 0
+        if between and time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
             self._save()
 
     def end_epoch(self) -> None:

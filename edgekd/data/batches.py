@@ -34,7 +34,8 @@ class Batches:
     The order is a pure function of (seed, epoch); the augmentation of sample i is a pure function of (augment.seed,
     epoch, i), whatever batch or process it falls into. With `world` processes, the batches of all ranks together are
     those of one process with `world` times the batch size. The last, incomplete batch of an epoch is left out, unless
-    it is the only one: then it is used, and shared out equally.
+    it is the only one: then it is used, and shared out equally. With `replays`, so many batches in a row are the same
+    one; their number stays.
 
     augment.crop pads with that many black pixels on every side and cuts a window of the old size out at a random
     place (black before normalisation, as in He et al., CVPR 2016, section 4.2, as usually implemented); augment.flip
@@ -53,6 +54,7 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         channels_last: bool = False,
+        replays: int = 1,
     ) -> None:
         if len(split) < world:
             raise DataError(
@@ -64,7 +66,7 @@ class Batches:
         self._images = torch.from_numpy(split.images).to(device)
         self._labels = torch.from_numpy(split.labels).to(device)
         self._normalize = Normalize(dataset, device, channels_last)
-        self._augment, self._seed, self._rank = augment, seed, rank
+        self._augment, self._seed, self._rank, self._replays = augment, seed, rank, replays
         self._size = min(batch_size, len(split) // world)
         self._global_size = self._size * world
 
@@ -77,7 +79,7 @@ class Batches:
         order = torch.randperm(len(self._labels), generator=_generator("order", self._seed, epoch)).to(self.device)
         changes = self._drawn(epoch)
         for number in range(start, len(self)):
-            first = number * self._global_size + self._rank * self._size
+            first = number // self._replays * self._global_size + self._rank * self._size
             index = order[first : first + self._size]
             yield Batch(index, self._images_at(index, changes), self._labels[index])
 

@@ -41,15 +41,17 @@ class Step:
     """One training batch as a method sees it. Networks compute when first asked, and once: logits and taps together.
 
     x: [B, C, H, W] normalised images; y: [B] labels; index: [B], their places in the training split; progress: share of
-    the training done, 0 to 1. student: the student, for whoever has other images for it.
+    the training done, 0 to 1. replay: how often this batch was taken before, see `Method.replays`. student: the
+    student, for whoever has other images for it.
     """
 
     def __init__(
         self, x: Tensor, y: Tensor, *, progress: float, student: Forward, teacher: Callable[[], Tensor] | None = None,
-        index: Tensor | None = None, student_taps: Taps = NO_TAPS, teacher_taps: Taps = NO_TAPS,
+        ask_teacher: Forward | None = None, index: Tensor | None = None, student_taps: Taps = NO_TAPS,
+        teacher_taps: Taps = NO_TAPS, replay: int = 0,
     ) -> None:  # fmt: skip
-        self.x, self.y, self.progress, self.student = x, y, progress, student
-        self._teacher, self._index = teacher, index
+        self.x, self.y, self.progress, self.student, self.replay = x, y, progress, student, replay
+        self._teacher, self._ask_teacher, self._index = teacher, ask_teacher, index
         self._student_taps, self._teacher_taps = student_taps, teacher_taps
         self.recorded: dict[str, Tensor] = {}
 
@@ -79,6 +81,11 @@ class Step:
         """float32, without gradient, by the paths of the method's `teacher_taps`."""
         return self._teacher_outputs[1]
 
+    def ask_teacher(self, x: Tensor) -> Tensor:
+        """The teacher's logits for other images [B, C, H, W]: float32 [B, K]; the images may get a gradient, not it."""
+        assert self._ask_teacher is not None, "the training loop gives a teacher to every method that needs one"
+        return self._ask_teacher(x).float()
+
     def at(self, progress: float) -> Step:
         """The same batch, networks and record at another share of the training."""
         step = copy.copy(self)
@@ -106,10 +113,12 @@ class Method(nn.Module):
 
     student_taps, teacher_taps: set by `attach` where features are needed; the steps then have them.
     uses_all_parameters: whether every step gives a gradient to all that the method owns.
+    replays: how many steps in a row take the same batch. An epoch has as many steps as ever, on fewer samples.
     """
 
     needs_teacher: bool = True
     uses_all_parameters: bool = True
+    replays: int = 1
     student_taps: Taps = NO_TAPS
     teacher_taps: Taps = NO_TAPS
 

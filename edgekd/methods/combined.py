@@ -43,6 +43,7 @@ class _Several(Method):
             )
         self.needs_teacher = any(part.needs_teacher for _, part in self.named_parts())
         self.uses_all_parameters = all(part.uses_all_parameters for _, part in self.named_parts())
+        self.replays = max(part.replays for _, part in self.named_parts())
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
         """Attach each of them; all their taps are taps of this one."""

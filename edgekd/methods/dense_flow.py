@@ -19,16 +19,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from edgekd.methods import Setting, Step
+from edgekd.methods.discriminator import discriminator, judged, moved_by_adam
 from edgekd.methods.flow import FlowMethod
 from edgekd.methods.options import above_zero, at_least_zero
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
 
-HIDDEN, SLOPE, LEARNING_RATE, BETAS = (256, 128), 0.2, 2e-4, (0.5, 0.999)
+HIDDEN = (256, 128)
 
 
 @register("method", "dense_flow")
@@ -63,11 +63,13 @@ class DenseFlow(FlowMethod):
         """Make adapters, and a discriminator for every flow."""
         super().attach(student, teacher, setting)
         channels = [size[0] for size in self.teacher_sizes]
-        self.discriminators.extend(discriminator(channels[i] * channels[j]) for i, j in self.between(self.reach))
+        self.discriminators.extend(
+            discriminator(channels[i] * channels[j], HIDDEN, 1) for i, j in self.between(self.reach)
+        )
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The discriminators' own."""
-        return [torch.optim.Adam(self.discriminators.parameters(), lr=LEARNING_RATE, betas=BETAS)]
+        return [moved_by_adam(self.discriminators)]
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """{ce: scalar, euclidean, adversarial: scalars, discriminators: scalar, for them alone}."""
@@ -77,8 +79,7 @@ class DenseFlow(FlowMethod):
         ):
             distances.append(F.mse_loss(student, teacher))
             own, real = student.flatten(1), teacher.flatten(1)
-            still = {name: value.detach() for name, value in judge.named_parameters()}
-            fooled.append(F.softplus(-functional_call(judge, still, own)).mean())  # -log D(G_S)
+            fooled.append(F.softplus(-judged(judge, own)).mean())  # -log D(G_S)
             for_own, for_real = judge(own.detach()), judge(real)
             told.append(F.softplus(for_own).mean() + F.softplus(-for_real).mean())
             right.append(torch.cat((for_own < 0, for_real > 0)).float().mean())
@@ -89,13 +90,3 @@ class DenseFlow(FlowMethod):
             "adversarial": value_at(self.adversarial_weight, step.progress) * torch.stack(fooled).sum(),
             "discriminators": torch.stack(told).sum(),
         }
-
-
-def discriminator(values: int) -> nn.Module:
-    """[B, values] to [B, 1]: above 0 for what it takes for the teacher's."""
-    first, second = HIDDEN
-    return nn.Sequential(
-        nn.Linear(values, first), nn.LeakyReLU(SLOPE),
-        nn.Linear(first, second), nn.LeakyReLU(SLOPE),
-        nn.Linear(second, 1),
-    )  # fmt: skip

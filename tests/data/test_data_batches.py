@@ -213,3 +213,15 @@ def test_batches_on_a_gpu_are_those_on_the_cpu():
         assert two.x.is_cuda and two.y.is_cuda and two.index.is_cuda
         assert one.index.equal(two.index.cpu()) and one.y.equal(two.y.cpu())
         torch.testing.assert_close(one.x, two.x.cpu(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_replayed_batches_are_the_first_ones_of_the_epoch(world):
+    dataset = dataset_of()
+    for rank in range(world):
+        once, thrice = (
+            order(batches_of(dataset, world=world, rank=rank, batch_size=4, replays=replays), 1) for replays in (1, 3)
+        )
+        assert len(once) > 4 and thrice == [once[number // 3] for number in range(len(once))]
+        late = order(batches_of(dataset, world=world, rank=rank, batch_size=4, replays=3), 1, start=2)
+        assert late == thrice[2:]

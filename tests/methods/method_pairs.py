@@ -51,10 +51,10 @@ def step_of(method: Method, student: nn.Module, teacher: nn.Module, progress: fl
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(B, 1, 8, 8, generator=generator)
     index = torch.randperm(N, generator=generator)[:B]
-    given = (lambda: teacher(x)) if method.needs_teacher else None
+    given = {"teacher": lambda: teacher(x), "ask_teacher": teacher} if method.needs_teacher else {}
     return Step(
-        x, index % K, progress=progress, student=student, teacher=given, index=index,
-        student_taps=method.student_taps, teacher_taps=method.teacher_taps,
+        x, index % K, progress=progress, student=student, index=index, student_taps=method.student_taps,
+        teacher_taps=method.teacher_taps, **given,
     )  # fmt: skip
 
 

@@ -8,7 +8,10 @@ import torch
 from method_pairs import attached, cross_entropy, network, pair, setting, softmax, step_of
 from torch.nn import functional as F
 
-from edgekd.methods.attacks import PIXEL, Ball, evaluating, pgd, robust_accuracy
+from edgekd import data, distill, networks, registry
+from edgekd.errors import RecipeError
+from edgekd.methods.attacks import PIXEL, Ball, evaluating, pgd, withstood
+from edgekd.recipe import Augment, Train
 
 
 def ball(epsilon: float = 8.0, step_size: float = 2.0) -> Ball:
@@ -70,8 +73,9 @@ def test_a_large_attack_leaves_nothing_right():
         optimizer.step()
     student(x)
     x = ball(0.0).nearest(x, x)
-    clean = robust_accuracy(student, x, y, ball(0.0), 1)
-    small, large = (robust_accuracy(student, x, y, ball(epsilon, epsilon / 4), 20) for epsilon in (4.0, 128.0))
+    clean, small, large = (
+        withstood(student, x, y, ball(epsilon, max(1, epsilon / 4)), 20).float().mean() for epsilon in (0.0, 4.0, 128.0)
+    )
     assert clean > 0.9 and clean >= small >= large
     assert large < 0.1
     assert student.training
@@ -80,7 +84,7 @@ def test_a_large_attack_leaves_nothing_right():
 def test_an_attack_moves_no_statistics():
     student = network(0.25, 0).train()
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    robust_accuracy(student, images(), torch.zeros(6).long(), ball(), 2)
+    withstood(student, images(), torch.zeros(6).long(), ball(), 2)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert all(parameter.grad is None for parameter in student.parameters())
 
@@ -106,3 +110,82 @@ def test_ard(kl_reduction):
     )
     expected = (student_logits.argmax(1) == step.y.numpy()).mean()
     assert step.recorded["accuracy_attacked"].item() == pytest.approx(expected)
+
+
+def test_fast_ard_attacks_by_the_backward_pass_of_the_training():
+    student, teacher = pair()
+    method = attached("ard", student, teacher, replays=3, epsilon=6.0, temperature=5.0)
+    assert method.replays == 3
+    step = step_of(method, student, teacher)
+    step.x = images(len(step.x))
+    torch.manual_seed(4)
+    std, mean = setting().std.item(), setting().mean.item()
+    clean = step.x.numpy() * std + mean
+    now = np.clip(clean + (2 * torch.rand_like(step.x).numpy() - 1) * 6 / 255, 0, 1)
+    torch.manual_seed(4)
+    for replay in range(3):
+        step.replay = replay
+        terms = method(step)
+        given = torch.tensor((now - mean) / std, dtype=torch.float32, requires_grad=True)
+        p, q = (step.teacher_logits / 5).softmax(1), (student(given) / 5).log_softmax(1)
+        kl = 25 * (p * (p.log() - q)).sum(1).mean() / 5
+        assert terms["kd"].item() == pytest.approx(kl.item(), rel=1e-3)
+        kl.backward()
+        student.zero_grad()
+        terms["kd"].backward()
+        now = np.clip(now + 6 / 255 * np.sign(given.grad.numpy()), clean - 6 / 255, clean + 6 / 255).clip(0, 1)
+        # Where the gradient is as good as 0, its sign is rounding.
+        off = np.abs(method._next.numpy() * std + mean - now) > 1e-5
+        assert off.mean() < 0.01
+        now = method._next.numpy() * std + mean
+    assert any(parameter.grad.abs().sum() > 0 for parameter in student.parameters())
+
+
+def test_fast_ard_is_resumed_between_batches_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(distill, "LOOK_EVERY", 1)
+    digits = data.load("digits", {}, train_limit=100, test_limit=20)
+
+    class Kill(Exception):  # noqa: N818
+        pass
+
+    def train(work, die_at: int = 0) -> torch.nn.Module:
+        student, teacher = (
+            networks.build("resnet", {"depth": 8, "width": 0.25}, digits.shape, 10, ("relu", {}), seed)
+            for seed in (0, 1)
+        )
+
+        def on_progress(progress: distill.Progress) -> None:
+            if progress.done == die_at:
+                raise Kill
+
+        distill.train(
+            student, digits, Train(epochs=2, batch_size=12, lr=0.02, keep="last"),
+            registry.create("method", "ard", options={"replays": 3}), teacher=teacher, augment=Augment(crop=1), seed=0,
+            work=work, on_progress=on_progress,
+        )  # fmt: skip
+        return student
+
+    whole = train(tmp_path / "whole")
+    for die_at in (2, 5, 9):  # 7 steps an epoch: the last batch of each is not played to its end
+        with pytest.raises(Kill):
+            train(tmp_path / "killed", die_at)
+    resumed = train(tmp_path / "killed")
+    for (name, value), expected in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), name
+
+
+@pytest.mark.parametrize("replays", [0, 1, -3])
+def test_replays_that_are_none(replays):
+    with pytest.raises(RecipeError) as caught:
+        registry.create("method", "ard", options={"replays": replays})
+    assert str(caught.value) == (
+        f"error: distill.replays = {replays} is not valid\n"
+        "       expected: 2 or more, or null for an attack of its own for every batch\n"
+        "fix:   --set distill.replays=8"
+    )
+
+
+def test_a_combination_replays_as_its_parts_do():
+    method = registry.create("method", "combined", options={"methods": ["kd", {"ard": {"replays": 4}}]})
+    assert method.replays == 4
