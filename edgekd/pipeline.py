@@ -97,6 +97,13 @@ def _student(job: Job) -> dict[str, Any]:
     return {**_network(job, "student"), "distill": distill}
 
 
+def _attack(job: Job) -> dict[str, Any]:
+    # The networks' digests stand for the data that they were trained on; its test part is in the data's digest.
+    data = job.recipe.data
+    spec = job.recipe.attack.model_dump() if job.recipe.attack else {}
+    return {**spec, "seed": job.recipe.seed, "data": data.model_dump(mode="json", exclude=set(data.options))}
+
+
 def _onnx(subject: str, job: Job) -> dict[str, Any]:
     spec = job.recipe.export
     return {**spec.model_dump(mode="json"), "opset": spec.opset or job.target.opset, "form": job.form(subject)}
@@ -142,6 +149,10 @@ def _quantizes(job: Job) -> bool:
     return job.recipe.quantize.method != "none"
 
 
+def _attacks(job: Job) -> bool:
+    return job.recipe.attack is not None
+
+
 def _finetunes(job: Job) -> bool:
     return job.quantizer().trains
 
@@ -155,6 +166,7 @@ TABLE: tuple[Stage, ...] = (
     Stage("teacher", stages.teacher, _teacher, trains=True),
     Stage("scratch", stages.scratch, _scratch, wanted=lambda job: job.recipe.distill.scratch, trains=True),
     Stage("student", stages.student, _student, ("teacher",), trains=True),
+    Stage("attack", stages.attack, _attack, ("teacher", "scratch", "student"), wanted=_attacks),
     *(Stage(f"onnx-{one}", partial(stages.onnx, one), partial(_onnx, one), (one,)) for one in SUBJECTS),
     Stage("finetune", stages.finetune, _finetune, ("teacher", "student"), wanted=_finetunes, trains=True),
     Stage(
@@ -178,7 +190,7 @@ TABLE: tuple[Stage, ...] = (
     ),
 )
 # The last stage that each command of the command line needs; it runs that one and all above it.
-LAST = {"distill": "student", "export": "onnx-student", "quantize": "quantize", "compile": "build-student",
+LAST = {"distill": "attack", "export": "onnx-student", "quantize": "quantize", "compile": "build-student",
         "bench": "bench", "run": "bench"}  # fmt: skip
 
 Action = Literal["reuse", "run", "unknown"]

@@ -148,6 +148,14 @@ class Distill(Named):
     train: Train = Train()
 
 
+class Attack(Section):
+    """What the networks must withstand when their accuracy under attack is measured: PGD on the test images."""
+
+    epsilon: Annotated[float, Field(gt=0, le=255)] = Field(8.0, description="largest change of a pixel, of 255")
+    step_size: Annotated[float, Field(gt=0, le=255)] = Field(2.0, description="change of a pixel in a step, of 255")
+    steps: Positive = Field(20, description="steps along the sign of the gradient, from a random start")
+
+
 class Export(Section):
     """From torch to ONNX."""
 
@@ -201,6 +209,7 @@ class Recipe(Section):
     teacher: Teacher
     student: Student
     distill: Distill = Distill()
+    attack: Attack | None = Field(None, description="{} is PGD-20 within 8/255; null attacks nothing")
     export: Export = Export()
     quantize: Quantize = Quantize()
     benchmark: Benchmark = Benchmark()

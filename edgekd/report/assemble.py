@@ -16,6 +16,7 @@ from edgekd.report.document import (
     NETWORKS,
     RUNGS,
     Activation,
+    Attack,
     Budget,
     Confusion,
     Document,
@@ -62,6 +63,7 @@ def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Docume
         target=record["target"],
         verdict=_verdict(record, ladder, artifacts),
         ladder=ladder,
+        attack=_attack(record, artifacts, ladder),
         latency=_latencies(bench),
         training=_training(artifacts),
         confusion=_confusion(artifacts),
@@ -198,6 +200,22 @@ def _budgets(
             bound: Any = "at least" if name == "speedup" else "at most"
             budgets.append(Budget(name=name, limit=limit, value=value, met=met, bound=bound))
     return budgets
+
+
+def _attack(record: Mapping[str, Any], artifacts: Artifacts, ladder: list[LadderRow]) -> Attack | Absent:
+    if record["recipe"]["attack"] is None:
+        return Absent(reason="The recipe asks for no attack.")
+    if "attack" not in artifacts:
+        return Absent(reason="Not attacked yet: edgekd distill.")
+    result, clean = artifacts["attack"].result, {row.rung: row.top1 for row in ladder}
+    found = result["networks"]
+    networks = [
+        {"network": name, "top1": clean[name], **found[name]}
+        | {"robust_ci95": _wilson(found[name]["robust_top1"], found[name]["n"])}
+        for name in NETWORKS
+        if name in found
+    ]
+    return Attack.model_validate({**result, "networks": networks})
 
 
 def _quantization(record: Mapping[str, Any], artifacts: Artifacts) -> Quantization | Absent:

@@ -104,6 +104,28 @@ class LadderRow(Part):
         return self
 
 
+class Attacked(Part):
+    """Accuracy of one network on the test images as they are and under attack, and under one it must fall to."""
+
+    network: Network
+    top1: Ratio
+    robust_top1: Ratio
+    robust_ci95: tuple[Ratio, Ratio]
+    sanity_top1: Ratio
+    n: Count
+
+
+class Attack(Part):
+    """Projected gradient descent, each network attacked by its own gradient; epsilon and step size in 1/255."""
+
+    epsilon: Positive
+    step_size: Positive
+    steps: Count
+    sanity_epsilon: Positive
+    networks: list[Attacked] = Field(min_length=1)
+    warnings: list[str] = Field([])
+
+
 class Energy(Part):
     """What one inference took from a rail of the board, the median of the launches; `sensor` is what read it."""
 
@@ -270,6 +292,7 @@ class Document(Part):
     target: dict[str, Any]
     verdict: Verdict
     ladder: list[LadderRow]
+    attack: Attack | Absent = NOT_RECORDED
     latency: Latencies = Latencies()
     training: dict[Network, Training | Absent] = Field({})
     confusion: Confusion | Absent = NOT_RECORDED

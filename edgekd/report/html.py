@@ -36,6 +36,7 @@ def _context(document: Document) -> dict[str, Any]:
         "ladder": tables.ladder(document),
         "ladder_reading": tables.ladder_reading(document),
         "ladder_figure": figures.ladder(document),
+        "attack": tables.attack(document),
         "latency": tables.latency(document),
         "latency_figures": _latency_figures(document),
         "launches": tables.launches(document),

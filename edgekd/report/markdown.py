@@ -24,6 +24,7 @@ def markdown_from_document(document: Document) -> str:
     for heading, table in (
         ("Budgets", tables.budgets(document)),
         ("Accuracy", tables.ladder(document)),
+        ("Accuracy under attack", tables.attack(document)),
         ("Latency", tables.latency(document)),
         ("Speed-up from launch to launch", tables.launches(document)),
     ):

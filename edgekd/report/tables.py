@@ -215,6 +215,36 @@ def _ladder_row(rung: str, row: LadderRow | None, teacher: LadderRow | None) -> 
     return Row(cells, strong=rung in ("teacher", "device"))
 
 
+def attack(document: Document) -> Table | Absent:
+    """What is left of each network's accuracy when its images are attacked."""
+    found = document.attack
+    if isinstance(found, Absent):
+        return found
+    rows = []
+    for one in found.networks:
+        low, high = one.robust_ci95
+        interval = f"{percent(low).removesuffix('%')} to {percent(high)}"
+        cells = (RUNG_LABELS[one.network], percent(one.top1), percent(one.robust_top1), interval)
+        rows.append(Row((*cells, percent(one.sanity_top1), f"{one.n:,}"), strong=one.network == "student"))
+    columns = (
+        "Network",
+        "As they are",
+        "Under attack",
+        "95% interval",
+        f"Within {number(found.sanity_epsilon)}/255",
+        "n",
+    )
+    caption = (
+        f"Accuracy under attack: PGD-{found.steps} within {number(found.epsilon)}/255, in steps of"
+        f" {number(found.step_size)}/255, test images"
+    )
+    notes = (
+        f"Within {number(found.sanity_epsilon)}/255 an attack must succeed: what is left there is not robustness.",
+        *found.warnings,
+    )
+    return Table(caption, columns, tuple(rows), notes)
+
+
 def _energy(model: Latency, rail: str) -> float | None:
     return next((one.per_inference_mj for one in model.energy if one.rail == rail), None)
 

@@ -4,6 +4,7 @@ and scratch that survives a kill. It returns the result that goes into the manif
 torch is imported inside the stages that train or export: planning and reporting work without it.
 """
 
+from edgekd.stages.attacking import attack
 from edgekd.stages.building import build
 from edgekd.stages.deploying import bench, engine
 from edgekd.stages.exporting import onnx, quantize
@@ -11,6 +12,6 @@ from edgekd.stages.job import CURVES, ENGINE, LABELS, LOGITS, MODEL, WEIGHTS, In
 from edgekd.stages.training import finetune, finetuning, scratch, student, teacher
 
 __all__ = [
-    "CURVES", "ENGINE", "LABELS", "LOGITS", "MODEL", "WEIGHTS", "Inputs", "Job", "bench", "build", "engine", "finetune",
-    "finetuning", "onnx", "quantize", "scratch", "student", "teacher",
+    "CURVES", "ENGINE", "LABELS", "LOGITS", "MODEL", "WEIGHTS", "Inputs", "Job", "attack", "bench", "build", "engine",
+    "finetune", "finetuning", "onnx", "quantize", "scratch", "student", "teacher",
 ]  # fmt: skip

@@ -21,17 +21,22 @@ def tables_in(markdown: str) -> list[list[list[str]]]:
 def test_tables_parse(document):
     found = tables_in(markdown_from_document(document))
     quantized = [passage for passage in passages(document.quantization) if passage.table]
-    assert len(found) == 5 + len(quantized)  # budgets, ladder, latency, launches, environment
+    assert len(found) == 6 + len(quantized)  # budgets, ladder, attack, latency, launches, environment
     for rows in found:
         assert {len(row) for row in rows} == {len(rows[0])}
         assert all(re.fullmatch(r"\s*(:---|---:)\s*", cell) for cell in rows[1])
 
 
 def test_ladder_and_latency(document):
-    _, ladder, latency, launches, *_ = tables_in(markdown_from_document(document))
+    _, ladder, attack, latency, launches, *_ = tables_in(markdown_from_document(document))
     assert [row[0].strip() for row in ladder[2:]] == list(RUNG_LABELS.values())
     assert ladder[2][1].strip() == percent(document.row("teacher").top1)
     assert "built on the device; see the row below" in ladder[7][-1]
+    assert [[cell.strip() for cell in row] for row in attack[2:]] == [
+        ["Teacher", "93.00%", "31.00%", "30.00 to 32.00%", "0.10%", "10,000"],
+        ["Student, no teacher", "90.40%", "28.00%", "27.00 to 29.00%", "0.10%", "10,000"],
+        ["Student, distilled", "92.00%", "35.00%", "34.00 to 36.00%", "0.10%", "10,000"],
+    ]
     ratios = document.verdict.speedup.by_launch
     assert [cell.strip() for cell in launches[2]] == [
         "9", times(min(ratios)), times(document.verdict.speedup.value), times(max(ratios)),
