@@ -31,7 +31,7 @@ def by_hand(job, subject: str, artifact, spec: Attack) -> float:
     x, y = torch.from_numpy(dataset.normalized("test")), torch.from_numpy(dataset.test.labels)
     torch.manual_seed(job.recipe.seed)
     right = withstood(network, x, y, Ball.of(spec.epsilon, spec.step_size, mean, std), spec.steps)
-    return float(right.float().mean())
+    return int(right.sum()) / len(right)
 
 
 def test_every_network_is_attacked(attacked):
@@ -42,7 +42,7 @@ def test_every_network_is_attacked(attacked):
     for name, found in result["networks"].items():
         subject = "teacher" if name == "teacher" else "student"
         assert found["robust_top1"] == by_hand(job, subject, artifacts[name], job.recipe.attack)
-        assert found["sanity_top1"] == by_hand(job, subject, artifacts[name], attacking.SANITY) <= found["robust_top1"]
+        assert found["sanity_top1"] == by_hand(job, subject, artifacts[name], attacking.SANITY)
         assert found["n"] == 50
 
 
@@ -62,7 +62,7 @@ def test_the_report_tells_what_is_left(attacked):
         assert row.top1 == document.row(row.network).top1
         assert row.robust_ci95[0] <= row.robust_top1 <= row.robust_ci95[1]
     for page in (markdown_from_document(document), html_from_document(document)):
-        assert "PGD-3 within 4/255, in steps of 2/255" in page
+        assert "Attack: PGD-3 within 4/255, in steps of 2/255, by each network" in page
     upto = {name: artifact for name, artifact in artifacts.items() if name != "attack"}
     assert document_from_run(record, upto).attack.reason == "Not attacked yet: edgekd distill."
 

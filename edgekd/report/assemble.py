@@ -207,7 +207,7 @@ def _attack(record: Mapping[str, Any], artifacts: Artifacts, ladder: list[Ladder
         return Absent(reason="The recipe asks for no attack.")
     if "attack" not in artifacts:
         return Absent(reason="Not attacked yet: edgekd distill.")
-    result, clean = artifacts["attack"].result, {row.rung: row.top1 for row in ladder}
+    result, clean = artifacts["attack"].result, {str(row.rung): row.top1 for row in ladder}
     found = result["networks"]
     networks = [
         {"network": name, "top1": clean[name], **found[name]}

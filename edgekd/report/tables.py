@@ -231,17 +231,16 @@ def attack(document: Document) -> Table | Absent:
         "As they are",
         "Under attack",
         "95% interval",
-        f"Within {number(found.sanity_epsilon)}/255",
+        f"Within {found.sanity_epsilon:g}/255",
         "n",
     )
-    caption = (
-        f"Accuracy under attack: PGD-{found.steps} within {number(found.epsilon)}/255, in steps of"
-        f" {number(found.step_size)}/255, test images"
-    )
+    how = f"PGD-{found.steps} within {found.epsilon:g}/255, in steps of {found.step_size:g}/255"
     notes = (
-        f"Within {number(found.sanity_epsilon)}/255 an attack must succeed: what is left there is not robustness.",
+        f"Attack: {how}, by each network's own gradient.",
+        f"Within {found.sanity_epsilon:g}/255 an attack must succeed: what is left there is not robustness.",
         *found.warnings,
     )
+    caption = "Accuracy on the test images, as they are and under attack"
     return Table(caption, columns, tuple(rows), notes)
 
 
