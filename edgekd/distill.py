@@ -172,14 +172,16 @@ class _Learner(nn.Module):
             batch.x, batch.y, progress=progress, student=self.student, index=batch.index,
             student_taps=self.method.student_taps, teacher_taps=self.method.teacher_taps, **given,
         )  # fmt: skip
-        checked_logits(step.student_logits, self.num_classes, "student")
+        if self.method.needs_images:
+            checked_logits(step.student_logits, self.num_classes, "student")
         # The networks' values may be rounded; what a method makes of their differences may not.
         with torch.autocast(batch.x.device.type, enabled=False):
             terms: dict[str, Tensor] = self.method(step)
         loss = torch.stack(list(terms.values())).sum()
-        accuracy = (step.student_logits.argmax(1) == batch.y).float().mean()
-        logged = {"loss": loss, "accuracy": accuracy, **{f"loss_{name}": term for name, term in terms.items()}}
-        logged |= step.recorded
+        logged = {"loss": loss}
+        if self.method.needs_images:
+            logged["accuracy"] = (step.student_logits.argmax(1) == batch.y).float().mean()
+        logged |= {f"loss_{name}": term for name, term in terms.items()} | step.recorded
         return loss, {name: value.detach() for name, value in logged.items()}
 
 
@@ -257,7 +259,7 @@ class _Run:
         with contextlib.nullcontext() if moves else self.accelerator.no_sync(self.model):
             loss, logged = self.model(batch, self.done / self.total, given)
             self.accelerator.backward(loss / together)
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in logged.items()}
+        self.sums |= {name: self.sums.get(name, 0) + value for name, value in logged.items()}
         self.position += 1
         self.unseen.append((self.done, logged))
         if moves:

@@ -112,11 +112,13 @@ class Method(nn.Module):
     """A distillation method: options as keyword-only parameters of `__init__`, losses in `forward`.
 
     student_taps, teacher_taps: set by `attach` where features are needed; the steps then have them.
+    needs_images: whether it learns from the data's images; without, the student is not asked about them.
     uses_all_parameters: whether every step gives a gradient to all that the method owns.
     replays: how many steps in a row take the same batch. An epoch has as many steps as ever, on fewer samples.
     """
 
     needs_teacher: bool = True
+    needs_images: bool = True
     uses_all_parameters: bool = True
     replays: int = 1
     student_taps: Taps = NO_TAPS

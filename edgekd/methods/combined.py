@@ -42,6 +42,7 @@ class _Several(Method):
                 key="distill.methods",
             )
         self.needs_teacher = any(part.needs_teacher for _, part in self.named_parts())
+        self.needs_images = any(part.needs_images for _, part in self.named_parts())
         self.uses_all_parameters = all(part.uses_all_parameters for _, part in self.named_parts())
         self.replays = max(part.replays for _, part in self.named_parts())
 

@@ -18,6 +18,7 @@ SHAPE = Shape(1, 8, 8)
 OPTIONS: dict[str, dict[str, Any]] = {
     "combined": {"methods": ["kd", {"rkd": {"distance_weight": 2.0}}, "fitnet"]},
     "staged": {"methods": ["kd", "fitnet"], "epochs": [1, 1]},
+    "dfad": {"student_steps": 2, "latent": 8},
     "crd": {"negatives": 16, "dimensions": 8},
 }
 

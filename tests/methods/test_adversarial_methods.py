@@ -8,8 +8,10 @@ import torch
 from method_pairs import B, K, arrays, attached, cross_entropy, network, one_step, pair, softmax, step_of
 from torch import nn
 
+from edgekd.errors import RecipeError
 from edgekd.methods.attacks import boundary
 from edgekd.methods.bss import base_samples, similarity
+from edgekd.methods.generators import generator
 
 
 def linear(layer: nn.Module, x: np.ndarray) -> np.ndarray:
@@ -209,3 +211,69 @@ def test_similarity_of_changes():
     assert angle.item() == pytest.approx(cosines.sum() / 4, rel=1e-5)
     same = similarity(torch.from_numpy(first), torch.from_numpy(2 * first))
     assert [one.item() for one in same] == pytest.approx([0.5, 1.0])
+
+
+def after(count: int, step, method) -> dict[str, float]:
+    """The terms of the step that is taken when the batch was taken `count` times before, from the same noise."""
+    step.replay, step.recorded = count, {}
+    torch.manual_seed(7)
+    return method(step)
+
+
+def test_dfad():
+    student, teacher = pair()
+    method = attached("dfad", student, teacher, student_steps=3, latent=16, weight=2.0)
+    assert method.replays == 3 and not method.needs_images
+    step = step_of(method, student, teacher)
+    torch.manual_seed(7)
+    images = method.generator(torch.randn(B, 16))
+    assert images.shape == step.x.shape
+    of_student, of_teacher = (one(images).detach().double().numpy() for one in (student, teacher))
+    away = np.abs(of_student - of_teacher).mean()
+    terms = after(0, step, method)
+    assert terms.keys() == {"discrepancy"}
+    assert terms["discrepancy"].item() == pytest.approx(2.0 * away, rel=1e-4)
+    terms = after(2, step, method)
+    assert terms["discrepancy"].item() == pytest.approx(2.0 * away, rel=1e-4)
+    assert terms["generator"].item() == pytest.approx(-away, rel=1e-4)
+    agreement = (of_student.argmax(1) == of_teacher.argmax(1)).mean()
+    assert step.recorded["agreement"].item() == pytest.approx(agreement)
+
+
+def test_the_student_and_the_generator_play_against_each_other_only():
+    student, teacher = pair()
+    method = attached("dfad", student, teacher, student_steps=1, latent=16)
+    terms = after(0, step_of(method, student, teacher), method)
+    made, learned = list(method.generator.parameters()), list(student.parameters())
+    of_student = torch.autograd.grad(terms["discrepancy"], [*made, *learned], retain_graph=True, allow_unused=True)
+    of_generator = torch.autograd.grad(terms["generator"], [*made, *learned], allow_unused=True)
+    assert all(gradient is None for gradient in of_student[: len(made)])
+    assert all(gradient is not None for gradient in of_student[len(made) :])
+    assert all(gradient is not None for gradient in of_generator[: len(made)])
+    assert all(gradient is None for gradient in of_generator[len(made) :])
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    (adam,) = method.optimizers()
+    assert {id(p) for group in adam.param_groups for p in group["params"]} == {id(p) for p in made}
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 28), (3, 48, 64)])
+def test_generated_images_are_normalised(shape):
+    torch.manual_seed(0)
+    images = generator(5, shape)(torch.randn(6, 5))
+    assert images.shape == (6, *shape)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(shape[0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(images.var((0, 2, 3), correction=0), torch.ones(shape[0]), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "nearest"),
+    [((3, 30, 32), "30x32", "32x32"), ((1, 40, 64), "40x64", "32x64"), ((1, 8, 8, 8), "8x8x8", "8x8")],
+)
+def test_images_that_no_generator_makes(shape, size, nearest):
+    with pytest.raises(RecipeError) as caught:
+        generator(5, shape)
+    assert str(caught.value) == (
+        f"error: the generator of dfad cannot make images of {size} pixels\n"
+        "       expected: two sides that are multiples of 4, beyond 32 pixels of 16: it doubles them\n"
+        f"fix:   use a teacher for images of {nearest} pixels, or another method"
+    )
