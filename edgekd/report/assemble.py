@@ -65,6 +65,7 @@ def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Docume
         ladder=ladder,
         attack=_attack(record, artifacts, ladder),
         latency=_latencies(bench),
+        mode=bench.result["mode"] if bench else NOT_BENCHED,
         training=_training(artifacts),
         confusion=_confusion(artifacts),
         activation=_activation(artifacts),

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from edgekd.errors import StoreError
+from edgekd.report.measuring import Mode
 from edgekd.report.part import Absent, AccuracyChange, Count, Part, Positive, Ratio, Span
 from edgekd.report.quantization import Quantization
 
@@ -294,6 +295,7 @@ class Document(Part):
     ladder: list[LadderRow]
     attack: Attack | Absent = NOT_RECORDED
     latency: Latencies = Latencies()
+    mode: Mode | Absent = NOT_RECORDED
     training: dict[Network, Training | Absent] = Field({})
     confusion: Confusion | Absent = NOT_RECORDED
     activation: list[Activation] | Absent = NOT_RECORDED

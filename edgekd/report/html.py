@@ -6,7 +6,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from edgekd.report import figures, quantization_figures, quantization_tables, tables
+from edgekd.report import (
+    figures,
+    measuring_figures,
+    measuring_tables,
+    quantization_figures,
+    quantization_tables,
+    tables,
+)
 from edgekd.report.document import Activation, Document, Latency
 from edgekd.report.formatting import flat
 from edgekd.report.part import Absent
@@ -39,6 +46,8 @@ def _context(document: Document) -> dict[str, Any]:
         "attack": tables.attack(document),
         "latency": tables.latency(document),
         "latency_figures": _latency_figures(document),
+        "measuring": measuring_tables.passages(document),
+        "measuring_figures": measuring_figures.of_measuring(document),
         "launches": tables.launches(document),
         "launches_figure": figures.launches(document),
         "telemetry": document.telemetry if isinstance(document.telemetry, Absent) else figures.telemetry(document),

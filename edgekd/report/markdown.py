@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from edgekd.report import quantization_tables, tables
+from edgekd.report import measuring_tables, quantization_tables, tables
 from edgekd.report.document import Document
 from edgekd.report.formatting import DASH, flat
 from edgekd.report.part import Absent
+from edgekd.report.passage import Passage
 from edgekd.report.tables import Table
 
 
@@ -29,7 +30,16 @@ def markdown_from_document(document: Document) -> str:
         ("Speed-up from launch to launch", tables.launches(document)),
     ):
         parts += [f"## {heading}", _inline(table.reason) if isinstance(table, Absent) else _table(table)]
-    parts += _quantization(document)
+    measuring = measuring_tables.passages(document)
+    parts += [
+        "## How it was measured",
+        *(_passages(measuring) if not isinstance(measuring, Absent) else [_inline(measuring.reason)]),
+    ]
+    parts += ["## Quantization"]
+    if isinstance(document.quantization, Absent):
+        parts.append(_inline(document.quantization.reason))
+    else:
+        parts += _passages(quantization_tables.passages(document.quantization))
     facts = flat(document.environment)
     rows = "\n".join(f"| {_inline(name)} | {_inline(value)} |" for name, value in facts)
     parts += ["## Environment", f"| Fact | Value |\n|:---|:---|\n{rows}" if facts else "The run recorded no facts."]
@@ -39,12 +49,9 @@ def markdown_from_document(document: Document) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _quantization(document: Document) -> list[str]:
-    heading = "## Quantization"
-    if isinstance(document.quantization, Absent):
-        return [heading, _inline(document.quantization.reason)]
-    parts = [heading]
-    for passage in quantization_tables.passages(document.quantization):
+def _passages(passages: list[Passage]) -> list[str]:
+    parts = []
+    for passage in passages:
         parts.append(f"### {passage.heading}")
         if passage.sentences:
             parts.append("\n".join(f"- {_inline(sentence)}" for sentence in passage.sentences))

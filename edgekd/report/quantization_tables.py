@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from edgekd.report.formatting import DASH, decibels, flat, number, p_value, percent, points, size, times
 from edgekd.report.part import Absent
+from edgekd.report.passage import Passage
 from edgekd.report.quantization import CalibrationImages, FloatSearch, Quantization, QuantizedLayer, Ranges
 from edgekd.report.tables import SIGNIFICANT, Row, Table
 
@@ -23,16 +22,6 @@ PRECISIONS = {
 CLASSES_SHOWN = 10
 MOST_SENSITIVE = 3
 HASH_CHARACTERS = 12
-
-
-@dataclass(frozen=True)
-class Passage:
-    """One heading with what stands under it; `name` tells figures where they belong."""
-
-    name: str
-    heading: str
-    sentences: tuple[str, ...] = ()
-    table: Table | None = None
 
 
 def passages(part: Quantization) -> list[Passage]:

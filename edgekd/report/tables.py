@@ -289,9 +289,9 @@ def latency(document: Document) -> Table | Absent:
     if files:
         notes.append(f"Every sample: {', '.join(files)}")
     columns = ("Measure", "Student", "Teacher", "Student better by")
-    return Table(
-        f"One inference on {document.target_name}, both models in one session", columns, tuple(rows), tuple(notes)
-    )
+    query = "One inference" if student.samples_per_query == 1 else f"A query of {student.samples_per_query} samples"
+    caption = f"{query} on {document.target_name}, both models in one session"
+    return Table(caption, columns, tuple(rows), tuple(notes))
 
 
 COUNTED = ("inferences timed", "warm-up, not timed")

@@ -18,6 +18,7 @@ SECTIONS = [
     "Budgets",
     "Accuracy ladder",
     "Latency",
+    "How it was measured",
     "Training",
     "Confusion matrix",
     "Learned activations",
@@ -101,7 +102,7 @@ def test_every_hash_and_layer_is_shown(page, document):
         assert made.sha256 in page
     for layer in document.activation:
         assert f"<strong>{layer.name}</strong>" in page
-    assert page.count("<svg") == 1 + 3 + 3 + 2 + 2 + 2 + len(document.activation)
+    assert page.count("<svg") == 1 + 3 + 1 + 3 + 2 + 2 + 2 + len(document.activation)
 
 
 def test_accessible(page):
@@ -207,6 +208,7 @@ def test_hostile_names_are_text(report):
         ("confusion", {"reason": "The labels are not known on the device."}, "The labels are not known on the device."),
         ("quantization", {"reason": "The recipe asks for no quantization."}, "The recipe asks for no quantization."),
         ("quantization", {"reason": "Refused by the backend."}, "Refused by the backend."),
+        ("mode", {"reason": "The board could not be reached."}, "The board could not be reached."),
         ("telemetry", {"reason": "No sensor can be read here."}, "No sensor can be read here."),
         ("telemetry", {"time_s": [], "series": {}}, "The device offers no sensor that could be read."),
         ("training", {}, "This run did not train it."),

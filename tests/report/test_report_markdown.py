@@ -21,7 +21,7 @@ def tables_in(markdown: str) -> list[list[list[str]]]:
 def test_tables_parse(document):
     found = tables_in(markdown_from_document(document))
     quantized = [passage for passage in passages(document.quantization) if passage.table]
-    assert len(found) == 6 + len(quantized)  # budgets, ladder, attack, latency, launches, environment
+    assert len(found) == 7 + len(quantized)  # budgets, ladder, attack, latency, launches, mode, environment
     for rows in found:
         assert {len(row) for row in rows} == {len(rows[0])}
         assert all(re.fullmatch(r"\s*(:---|---:)\s*", cell) for cell in rows[1])
@@ -100,7 +100,7 @@ def test_energy_by_rail(document):
         for name, used in (("student", 2.0), ("teacher", 9.0))
     }
     measured = document.model_copy(update={"latency": document.latency.model_copy(update=both)})
-    latency = tables_in(markdown_from_document(measured))[2]
+    latency = tables_in(markdown_from_document(measured))[3]
     name, *cells = [cell.strip().replace("\\", "").replace("*", "") for cell in latency[-1]]
     assert (name, cells) == ("energy, rail VDD_IN", ["2.00 mJ", "9.00 mJ", times(4.5)])
     assert not any("energy" in row[0] for row in tables_in(markdown_from_document(document))[2])

@@ -1,0 +1,105 @@
+"""The figures about how the engines were asked."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
+
+from edgekd.report.document import Document, Latency
+from edgekd.report.figures import LINE_STYLES, LOG_FROM_RATIO, PERCENT, PLAIN, WIDTH, Drawn, Key
+from edgekd.report.formatting import milliseconds
+from edgekd.report.measuring import Fps, Offline, Sustained
+from edgekd.report.svg import ROLES, blank, drawing, inline_svg_from_figure
+
+MODELS = ("student", "teacher")
+KEYS = tuple(Key(model, model) for model in MODELS)
+
+
+def of_measuring(document: Document) -> dict[str, Drawn]:
+    """The figures by the name of the passage that they belong to."""
+    match document.mode:
+        case Offline() as mode:
+            return {mode.name: throughput(mode)}
+        case Sustained() as mode:
+            return {mode.name: over_minutes(mode)}
+        case Fps() as mode:
+            latencies = {"student": document.latency.student, "teacher": document.latency.teacher}
+            known = {name: one for name, one in latencies.items() if isinstance(one, Latency) and one.samples_ms}
+            return {mode.name: deadlines(mode, known)} if known else {}
+    return {}
+
+
+def throughput(mode: Offline) -> Drawn:
+    """Samples a second by batch size, on logarithmic axes: a straight rise is a batch that costs nothing."""
+    with drawing("throughput"):
+        figure = blank(WIDTH, 240)
+        axes = figure.add_subplot()
+        for model, rows in mode.sweep.items():
+            batches, rates = [row.batch for row in rows], [row.throughput_per_s for row in rows]
+            axes.plot(batches, rates, color=ROLES[model], linestyle=LINE_STYLES[model], marker="o", markersize=4)
+            best = batches.index(mode.best_batch[model])
+            axes.plot(batches[best], rates[best], "o", color=ROLES[model], markersize=9)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(FixedLocator([row.batch for row in next(iter(mode.sweep.values()))]))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter(PLAIN)
+        axes.set_title("samples per second")
+        axes.set_xlabel("batch size")
+        svg = inline_svg_from_figure(figure, "Throughput by batch size; see the table")
+    return Drawn("Throughput by batch size", "The large dot is each model's best batch size.", svg, KEYS)
+
+
+def deadlines(mode: Fps, latencies: dict[str, Latency]) -> Drawn:
+    """The share of frames answered within a time from their arrival, and the deadline."""
+    deadline = 1e3 / mode.fps
+    every = np.concatenate([one.samples_ms for one in latencies.values()])
+    with drawing("deadlines"):
+        figure = blank(WIDTH, 230)
+        axes = figure.add_subplot()
+        for model, one in latencies.items():
+            sample = np.sort(one.samples_ms)
+            share = np.arange(1, len(sample) + 1) / len(sample)
+            axes.step(sample, share, where="post", color=ROLES[model], linestyle=LINE_STYLES[model])
+        axes.axvline(deadline, color=ROLES["worse"], linewidth=1.4)
+        if max(every.max(), deadline) / min(every.min(), deadline) >= LOG_FROM_RATIO:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(PLAIN)
+        axes.yaxis.set_major_formatter(PERCENT)
+        axes.set_title("share of frames answered")
+        axes.set_xlabel("time since the frame arrived, ms")
+        svg = inline_svg_from_figure(figure, "Share of frames answered by the time since they arrived; see the table")
+    caption = f"What lies right of the line missed its deadline of {milliseconds(deadline)}."
+    return Drawn("Frames answered in time", caption, svg, (*KEYS, Key("worse", "deadline")))
+
+
+def over_minutes(mode: Sustained) -> Drawn:
+    """Both models' median latency by window, and below it the hottest sensor, where there is one."""
+    minutes = [(window.start_s + window.end_s) / 120 for window in mode.windows]
+    hot = [window.temperature_c for window in mode.windows]
+    measured = any(value is not None for value in hot)
+    with drawing("over-minutes"):
+        figure = blank(WIDTH, 330 if measured else 210)
+        axes, *below = np.atleast_1d(figure.subplots(1 + measured, 1, sharex=True))
+        for model in mode.slower:
+            values = [window.p50_ms[model] for window in mode.windows]
+            axes.plot(minutes, values, color=ROLES[model], linestyle=LINE_STYLES[model], marker="o", markersize=3)
+        axes.set_ylim(bottom=0)
+        axes.set_title("median latency, ms")
+        for lower in below:
+            lower.plot(minutes, np.array(hot, float), color=ROLES["worse"], marker="o", markersize=3)
+            lower.yaxis.set_major_locator(MaxNLocator(4))
+            lower.set_title("hottest sensor, °C")
+        for one in (axes, *below):
+            one.yaxis.set_major_formatter(PLAIN)
+            one.xaxis.set_major_formatter(PLAIN)
+        (axes, *below)[-1].set_xlabel("minutes since the start")
+        svg = inline_svg_from_figure(figure, "Median latency and temperature over the minutes; see the table")
+    caption = "Each dot is a window in which both models were timed in turn."
+    return Drawn(
+        "Latency over minutes", caption if measured else f"{caption} No sensor tells the temperature.", svg, KEYS
+    )
