@@ -29,7 +29,7 @@ def main() -> None:
         for seed in given.seeds:
             made = pipeline.run(job(seed, Path(folder)), "student")
             for rung, accuracies in found.items():
-                accuracies.append(100 * made[rung].result["top1"])
+                accuracies.append(100 * made[rung].result["score"])
             print(f"seed {seed}:", ", ".join(f"{rung} {found[rung][-1]:.2f}" for rung in RUNGS), flush=True)
     params = {rung: made[rung].result["params"] for rung in RUNGS}
     changes = [student - teacher for student, teacher in zip(found["student"], found["teacher"], strict=True)]

@@ -56,11 +56,11 @@ def main() -> None:
         for name, (stage, activation) in VARIANTS.items():
             started = time.monotonic()
             artifacts = pipeline.run(job(given, seed, activation, teacher, scratch=stage == "scratch"), "student")
-            found[name].append(100 * artifacts[stage].result["top1"])
+            found[name].append(100 * artifacts[stage].result["score"])
             seconds = round(time.monotonic() - started)
-            print(json.dumps({"seed": seed, "variant": name, "top1": found[name][-1], "seconds": seconds}), flush=True)
+            print(json.dumps({"seed": seed, "variant": name, "score": found[name][-1], "seconds": seconds}), flush=True)
     if given.report:
-        body = report(given, found, 100 * artifacts["teacher"].result["top1"])
+        body = report(given, found, 100 * artifacts["teacher"].result["score"])
         write_section("lma_cifar10", "CIFAR-10: activations of the LMA paper's student 3", body)
 
 

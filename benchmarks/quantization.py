@@ -118,9 +118,9 @@ def measured(given: argparse.Namespace, seed: int, student: str, activation: str
     result = made["quantize"].result
     return {
         "seed": seed, "student": student, "activation": activation, "method": method,
-        "float": 100 * made["student"].result["top1"], "top1": 100 * result["top1"],
+        "float": 100 * made["student"].result["score"], "score": 100 * result["score"],
         "float_bytes": result["size"]["float_bytes"], "bytes": result["size"]["bytes"],
-        "still_float": result["still_float"], "agreement": (result["agreement"] or {}).get("top1_agreement"),
+        "still_float": result["still_float"], "agreement": (result["agreement"] or {}).get("agreement"),
         "artifacts": made,
     }  # fmt: skip
 
@@ -156,11 +156,11 @@ def report(rows: list[dict[str, Any]], given: argparse.Namespace) -> str:
             lines.append([f"{name}, fp32", mean(floats), "", f"{own[0]['float_bytes'] / 1e3:.0f}", "1"])
             for method in given.methods:
                 runs = [row for row in own if row["method"] == method]
-                changes = [row["top1"] - row["float"] for row in runs]
+                changes = [row["score"] - row["float"] for row in runs]
                 change = f"{statistics.mean(changes):+.2f} ({min(changes):+.2f} to {max(changes):+.2f})"
                 ratio = spread(latency(runs[0]["artifacts"], given.rounds))
                 size = f"{runs[0]['bytes'] / 1e3:.0f}"
-                lines.append([f"{name}, {method}", mean([row["top1"] for row in runs]), change, size, ratio])
+                lines.append([f"{name}, {method}", mean([row["score"] for row in runs]), change, size, ratio])
     agreements = [row["agreement"] for row in rows if row["agreement"] is not None]
     in_float = sorted({f"{row['student']} {row['activation']}: {name}" for row in rows for name in row["still_float"]})
     settings = "; ".join(

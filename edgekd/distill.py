@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import swa_utils
 
 from edgekd.checkpoint import read_checkpoint, write_checkpoint
 from edgekd.data import Dataset, Split
 from edgekd.data.batches import Batch, Batches, evaluation_batches
-from edgekd.errors import RecipeError, StageError
+from edgekd.errors import StageError
 from edgekd.learning_rate import learning_rate
-from edgekd.methods import Method, Setting, Step
+from edgekd.methods import Method, Step
+from edgekd.methods.attachment import attach
 from edgekd.methods.taps import answer
 from edgekd.recipe import Augment, Train
 from edgekd.teacher_logits import TeacherLogits, checked_logits, is_changing
@@ -104,38 +104,8 @@ def train(
     return run.finish()
 
 
-def attach(method: Method, student: nn.Module, teacher: nn.Module | None, dataset: Dataset, spec: Train) -> None:
-    """Attach a method to its networks, which are on one device, trained or not.
-
-    Raises RecipeError when it cannot learn from them: no teacher, taps that do not exist, options that do not fit.
-    """
-    if method.needs_teacher and teacher is None:
-        raise RecipeError(
-            f"the method {type(method).__name__} learns from a teacher, and there is none",
-            allowed="methods without a teacher: see needs_teacher in their files, scratch for one",
-            fix="give a teacher, or set distill.method = scratch",
-            key="distill.method",
-        )
-    device = next(student.parameters()).device
-    mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (dataset.mean, dataset.std))
-    example, labels = (
-        torch.from_numpy(dataset.normalize(dataset.train.images[:2])),
-        torch.from_numpy(dataset.train.labels),
-    )
-    setting = Setting(example.to(device), labels.to(device), dataset.num_classes, mean, std, spec.epochs)
-    method.attach(student, teacher, setting)
-    taps = method.student_taps.paths + method.teacher_taps.paths
-    if taps and spec.compile:
-        raise RecipeError(
-            "train.compile = true cannot be combined with a method that taps features",
-            allowed=f"the compiled network does not call the modules that are tapped: {', '.join(taps)}",
-            fix="set distill.train.compile = false",
-            key="distill.train.compile",
-        )
-
-
 def predict(network: nn.Module, split: Split, dataset: Dataset) -> np.ndarray:
-    """The network's logits for a split, float32 [N, K], in its order. Leaves the network's mode as it was."""
+    """The network's answers for a split, float32 [N, ...], in its order. Leaves the network's mode as it was."""
     device = next(network.parameters()).device
     size = evaluation_batch(dataset)
     was_training = network.training
@@ -162,25 +132,26 @@ def processes() -> accelerate.PartialState:
 class _Learner(nn.Module):
     """Student and method as the one module that accelerate wraps: the processes average the gradients of both."""
 
-    def __init__(self, student: nn.Module, method: Method, num_classes: int) -> None:
+    def __init__(self, student: nn.Module, method: Method, dataset: Dataset) -> None:
         super().__init__()
-        self.student, self.method, self.num_classes = student, method, num_classes
+        self.student, self.method = student, method
+        self.task, self.outputs = dataset.task, dataset.outputs
 
     def forward(self, batch: Batch, progress: float, given: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and what is logged of it. given: the rest of what the step is made of."""
         step = Step(
             batch.x, batch.y, progress=progress, student=self.student, index=batch.index,
-            student_taps=self.method.student_taps, teacher_taps=self.method.teacher_taps, **given,
+            student_taps=self.method.student_taps, teacher_taps=self.method.teacher_taps, task=self.task, **given,
         )  # fmt: skip
         if self.method.needs_images:
-            checked_logits(step.student_logits, self.num_classes, "student")
+            checked_logits(step.student_logits, self.outputs, "student")
         # The networks' values may be rounded; what a method makes of their differences may not.
         with torch.autocast(batch.x.device.type, enabled=False):
             terms: dict[str, Tensor] = self.method(step)
         loss = torch.stack(list(terms.values())).sum()
         logged = {"loss": loss}
         if self.method.needs_images:
-            logged["accuracy"] = (step.student_logits.argmax(1) == batch.y).float().mean()
+            logged["score"] = self.task.batch_score(step.student_logits.detach(), batch.y)
         logged |= {f"loss_{name}": term for name, term in terms.items()} | step.recorded
         return loss, {name: value.detach() for name, value in logged.items()}
 
@@ -226,7 +197,7 @@ class _Run:
         ):
             self.logits = TeacherLogits(self.teacher, dataset, self.batches, augment, self.accelerator, logits_cache)
         student: Any = torch.compile(network) if spec.compile else network
-        learner = _Learner(student, method, dataset.num_classes)
+        learner = _Learner(student, method, dataset)
         self.model = self.accelerator.prepare(learner).train()
         if self.teacher is not None:
             self.teacher.eval()
@@ -276,14 +247,15 @@ class _Run:
 
     def _ask_teacher(self, x: Tensor) -> Tensor:
         assert self.teacher is not None
-        return checked_logits(answer(self.teacher, x, "teacher"), self.dataset.num_classes, "teacher")
+        return checked_logits(answer(self.teacher, x, "teacher"), self.dataset.outputs, "teacher")
 
     def _move(self, update: int) -> None:
         if self.spec.clip:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.spec.clip)
-        accuracies = [metrics["val_accuracy"] for metrics in self.history]
+        metric = self.dataset.task.metric
+        gains = [metric.gain(metrics["val_score"]) for metrics in self.history]
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.spec, update, self.spec.epochs * self.updates, accuracies)
+            group["lr"] = learning_rate(self.spec, update, self.spec.epochs * self.updates, gains)
         for optimizer in (self.optimizer, *self.adversaries):
             optimizer.step()
             optimizer.zero_grad()
@@ -307,19 +279,20 @@ class _Run:
         """Validate, remember the best weights, log, and save."""
         self._look()
         network = self._evaluated()
-        accuracy, loss = self._validate(network)
+        score, loss = self._validate(network)
         metrics = {
             "epoch": self.epoch + 1,
             **{f"train_{name}": float(value) / len(self.batches) for name, value in self.sums.items()},
-            "val_accuracy": accuracy,
+            "val_score": score,
             "val_loss": loss,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(time.monotonic() - self.epoch_started, 3),
         }
         self.history.append(metrics)
         self.epoch, self.position, self.sums, self.epoch_started = self.epoch + 1, 0, {}, time.monotonic()
-        if self.spec.keep == "best" and (self.best is None or accuracy >= self.best[0]):
-            self.best = accuracy, self.epoch, {name: value.clone() for name, value in network.state_dict().items()}
+        goodness = self.dataset.task.metric.goodness(score)
+        if self.spec.keep == "best" and (self.best is None or goodness >= self.best[0]):
+            self.best = goodness, self.epoch, {name: value.clone() for name, value in network.state_dict().items()}
         if self.log is not None:
             self.log.add(metrics)
         if self.epoch == self.spec.epochs or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
@@ -333,16 +306,17 @@ class _Run:
         return network
 
     def _validate(self, network: nn.Module) -> tuple[float, float]:
-        """Accuracy and mean cross-entropy on the validation split, which the processes share out."""
-        share = self.dataset.val[np.arange(self.rank, len(self.dataset.val), self.accelerator.num_processes)]
-        sums = torch.zeros(2)
-        if len(share):
-            logits, labels = torch.from_numpy(predict(network, share, self.dataset)), torch.from_numpy(share.labels)
-            sums = torch.stack([(logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")])
-        right, loss = self.accelerator.reduce(sums.to(self.device), "sum").tolist()
+        """Score and loss on the validation split; the processes share out its images and put the answers together."""
+        val, task = self.dataset.val, self.dataset.task
+        mine = np.arange(self.rank, len(val), self.accelerator.num_processes)
+        outputs = torch.zeros(len(val), *self.dataset.outputs)
+        if len(mine):
+            outputs[mine] = torch.from_numpy(predict(network, val[mine], self.dataset))
+        outputs = self.accelerator.reduce(outputs.to(self.device), "sum").cpu()
+        loss = float(task.loss(outputs, torch.from_numpy(val.labels)))
         if not math.isfinite(loss):
             raise self._diverged(f"by step {self.done}", f"val_loss is {loss}")
-        return right / len(self.dataset.val), loss / len(self.dataset.val)
+        return task.score(outputs.numpy(), val.labels), loss
 
     def _diverged(self, when: str, what: str) -> StageError:
         saved = f"the last good checkpoint stays in {self.work}", "no checkpoint was written before it"

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 from edgekd.recipe import Train
 
-# Plateau: a gain of validation accuracy below 0.1 points is none (Xu et al., AAAI 2020, supplement).
+# Plateau: a gain of validation accuracy below 0.1 points is none (Xu et al., AAAI 2020, supplement); see Metric.gain.
 GAIN = 0.001
 
 
-def learning_rate(spec: Train, update: int, updates: int, accuracies: Sequence[float]) -> float:
+def learning_rate(spec: Train, update: int, updates: int, gains: Sequence[float]) -> float:
     """The learning rate of an update of the weights, counted from 0, of `updates` in all.
 
-    accuracies: on the validation split, after each epoch so far; read by `plateau` alone.
+    gains: how good the network was on the validation split after each epoch so far, 0.001 being the least gain; read by
+    `plateau` alone.
     Over the first `warmup` epochs it rises linearly to `lr`; the cosine (Loshchilov and Hutter, ICLR 2017, without
     restarts) spans what comes after them, the milestones of `step` the whole training.
     """
@@ -26,16 +27,16 @@ def learning_rate(spec: Train, update: int, updates: int, accuracies: Sequence[f
     if spec.schedule == "step":
         return spec.lr * spec.gamma ** sum(update >= milestone * updates for milestone in spec.milestones)
     if spec.schedule == "plateau":
-        return spec.lr * spec.gamma ** falls(accuracies, spec.patience)
+        return spec.lr * spec.gamma ** falls(gains, spec.patience)
     return spec.lr
 
 
-def falls(accuracies: Sequence[float], patience: int) -> int:
-    """How often the accuracy has not risen for more than `patience` epochs in a row; as torch's ReduceLROnPlateau."""
+def falls(gains: Sequence[float], patience: int) -> int:
+    """How often the score has not risen for more than `patience` epochs in a row; as torch's ReduceLROnPlateau."""
     count, best, stale = 0, -math.inf, 0
-    for accuracy in accuracies:
-        if accuracy > best + GAIN:
-            best, stale = accuracy, 0
+    for gain in gains:
+        if gain > best + GAIN:
+            best, stale = gain, 0
         else:
             stale += 1
         if stale > patience:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from edgekd.errors import ExportError
+from edgekd.tasks import Task
 
 Array = npt.NDArray[Any]
 Images = Callable[[Array], Array]
@@ -38,13 +39,14 @@ class Parity:
 
     max_abs_error: of a logit; max_relative_error: in units of the sample's largest logit, or of 1 where that is
     smaller. at_jumps: samples beyond the tolerance that torch explains; unexplained: those found that it does not.
-    worst_sample: the worst unexplained sample, without one the worst of all.
+    worst_sample: the worst unexplained sample, without one the worst of all; worst_torch and worst_onnx are its
+    numbers, on a map those of the worst place. agreement: as the task has it.
     """
 
     samples: int
     max_abs_error: float
     max_relative_error: float
-    top1_agreement: float
+    agreement: float
     at_jumps: int
     unexplained: int
     worst_sample: int
@@ -59,7 +61,7 @@ class Parity:
         error = float(np.abs(np.subtract(self.worst_onnx, self.worst_torch)).max())
         raise ExportError(
             f"{what} differs from torch by {error:.3g} at test sample {self.worst_sample}"
-            f" (top-1 agreement {self.top1_agreement:.2%} of {self.samples})",
+            f" (agreement {self.agreement:.2%} of {self.samples})",
             allowed=f"tolerance {self.tolerance:g} of the largest logit; "
             f"torch {_row(self.worst_torch)}, ONNX {_row(self.worst_onnx)}",
             fix="try another export.form or export.opset; or raise export.tolerance, if this agreement will do",
@@ -70,8 +72,8 @@ class Parity:
         return asdict(self)
 
 
-def parity(network: nn.Module, images: Images, expected: Array, got: Array, tolerance: float) -> Parity:
-    """Compare the logits of torch (`expected`) and of the graph (`got`) for the same N samples, float32 [N, K] each.
+def parity(network: nn.Module, images: Images, expected: Array, got: Array, tolerance: float, task: Task) -> Parity:
+    """Compare the logits of torch (`expected`) and of the graph (`got`) for the same N samples, float32 [N, ...] each.
 
     network: the torch network, on the CPU and in eval mode; images: gives the samples of some indices as it is fed
     them, float32 [n, C, H, W]. Both are asked about the samples beyond the tolerance only.
@@ -83,22 +85,23 @@ def parity(network: nn.Module, images: Images, expected: Array, got: Array, tole
             allowed="expected: the same shape",
             fix="make the network's forward treat every image of a batch alike",
         )
-    error = np.abs(got.astype(np.float64) - expected).max(1)
+    error = _largest(got.astype(np.float64) - expected)
     error[np.isnan(error)] = np.inf
-    relative = error / np.maximum(1, np.abs(expected).max(1))
+    relative = error / np.maximum(1, _largest(expected))
     beyond = np.flatnonzero(~(relative <= tolerance))
     unexplained = _unexplained(network, images, error, beyond[np.argsort(-error[beyond], kind="stable")])
     worst = int(unexplained[0]) if len(unexplained) else int(np.argmax(relative))
+    worst_torch, worst_onnx = _where_worst(expected[worst], got[worst])
     return Parity(
         samples=len(expected),
         max_abs_error=float(error.max()),
         max_relative_error=float(relative.max()),
-        top1_agreement=float((got.argmax(1) == expected.argmax(1)).mean()),
+        agreement=task.agreement(expected, got),
         at_jumps=0 if len(unexplained) else len(beyond),
         unexplained=len(unexplained),
         worst_sample=worst,
-        worst_torch=[float(value) for value in expected[worst]],
-        worst_onnx=[float(value) for value in got[worst]],
+        worst_torch=worst_torch,
+        worst_onnx=worst_onnx,
         tolerance=tolerance,
     )
 
@@ -109,11 +112,11 @@ def _unexplained(network: nn.Module, images: Images, error: Array, beyond: Array
     rng = np.random.default_rng(0)
     for chunk in (beyond[at : at + CHUNK] for at in range(0, len(beyond), CHUNK)):
         x = images(chunk)
-        still, reach = _logits(network, x), NUDGE * np.abs(x).max((1, 2, 3), keepdims=True)
+        still, reach = _logits(network, x), NUDGE * np.abs(x).max(tuple(range(1, x.ndim)), keepdims=True)
         moved = np.zeros(len(chunk))
         for _ in range(NUDGES):
             nudged = (x + reach * rng.standard_normal(x.shape)).astype(np.float32)
-            moved = np.maximum(moved, np.abs(_logits(network, nudged) - still).max(1))
+            moved = np.maximum(moved, _largest(_logits(network, nudged) - still))
             if (error[chunk] <= MARGIN * moved).all():
                 break
         else:
@@ -125,6 +128,18 @@ def _unexplained(network: nn.Module, images: Images, error: Array, beyond: Array
 def _logits(network: nn.Module, x: Array) -> Array:
     logits: Array = network(torch.from_numpy(x)).numpy()
     return logits
+
+
+def _largest(values: Array) -> Array:
+    """The largest magnitude of each sample: [N, ...] to [N]."""
+    return np.asarray(np.abs(values).reshape(len(values), -1).max(1))
+
+
+def _where_worst(expected: Array, got: Array) -> tuple[list[float], list[float]]:
+    """The K numbers of both for one sample [K, ...]: on a map, those of the place where they differ most."""
+    expected, got = (values.reshape(len(values), -1).astype(np.float64) for values in (expected, got))
+    at = int(np.abs(got - expected).max(0).argmax())
+    return expected[:, at].tolist(), got[:, at].tolist()
 
 
 def _row(logits: list[float]) -> str:

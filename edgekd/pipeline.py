@@ -276,7 +276,7 @@ def calibration_study(job: Job, on_stage: OnStage = lambda event: None) -> list[
 
     method = options.get("calibrate", "auto")
     return studies.study(
-        model, drawn, dataset.normalize(dataset.val.images), dataset.val.labels,
+        model, drawn, dataset.normalize(dataset.val.images), dataset.judge("val"),
         method="minmax" if method == "auto" else method, percentile=options.get("percentile", 99.99),
         on_progress=job.on_progress,
     )  # fmt: skip

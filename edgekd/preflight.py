@@ -33,6 +33,14 @@ def check_device(job: Job) -> Device:
 
 def check(job: Job, to_make: Collection[str]) -> None:
     """Find what would fail late in the stages `to_make` before anything is trained: method, networks, backend."""
+    _check_budget(job)
+    if "attack" in to_make and job.task.name != "classification":
+        raise RecipeError(
+            f"attack asks for accuracy under attack, and the task of {job.dataset.name} is {job.task.name}",
+            allowed="expected: classes, which an attack can have confused",
+            fix="set attack = null",
+            key="attack",
+        )
     if any(stage.startswith("onnx-") for stage in to_make):
         registry.create("backend", "onnxruntime").require()  # the judge of what an ONNX file computes
     on_device = any(stage == "bench" or stage.startswith("build-") for stage in to_make)
@@ -79,9 +87,20 @@ def _check_mode(job: Job) -> None:
         )
 
 
+def _check_budget(job: Job) -> None:
+    drop = job.recipe.budgets.accuracy_drop
+    if drop is not None and drop > 1 and job.task.metric.share:
+        raise RecipeError(
+            f"budgets.accuracy_drop = {drop:g} is no share of the samples",
+            allowed=f"expected: 0 to 1, the largest loss of {job.task.metric.label} against the teacher",
+            fix=f"set budgets.accuracy_drop = {drop / 100:g} for {drop:g} points",
+            key="budgets.accuracy_drop",
+        )
+
+
 def _check_method(job: Job, built: Mapping[str, nn.Module], spec: Train) -> Method:
-    from edgekd import distill
+    from edgekd.methods import attachment
 
     method = job.method()
-    distill.attach(method, built["student"], built["teacher"], job.dataset, spec)
+    attachment.attach(method, built["student"], built["teacher"], job.dataset, spec)
     return method

@@ -79,6 +79,9 @@ class Data(Named):
     """The images to learn from and to be measured on."""
 
     source: str = Field(description="the format, see: edgekd list datasets")
+    task: str | dict[str, dict[str, Any]] | None = Field(
+        None, description="NAME or {NAME: {option: value}}, see: edgekd list tasks; null is the source's own"
+    )
     validation: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="share of train kept for every choice")
     train_limit: Positive | None = Field(None, description="use at most this many training images")
     test_limit: Positive | None = Field(None, description="use at most this many test images")
@@ -88,7 +91,7 @@ class Data(Named):
 
 
 class Train(Section):
-    """How a network is trained. Everything is counted in epochs; validation accuracy makes every choice."""
+    """How a network is trained. Everything is counted in epochs; the validation score makes every choice."""
 
     epochs: Positive = 30
     batch_size: Positive = Field(128, description="samples a step and process")
@@ -107,7 +110,7 @@ class Train(Section):
     )
     patience: Positive = Field(10, description="plateau: epochs without a gain of 0.1 points before lr falls")
     ema: Fraction = Field(0.0, description="decay of a moving average of the weights; 0 is off")
-    keep: Literal["best", "last"] = Field("best", description="which epoch's weights are kept, by validation accuracy")
+    keep: Literal["best", "last"] = Field("best", description="which epoch's weights are kept, by validation score")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 is autocast; weights stay fp32")
     accumulate: Positive = Field(1, description="batches whose gradients are added up to one step")
     clip: Annotated[float, Field(gt=0)] | None = Field(None, description="limit of the gradient's norm")
@@ -190,8 +193,8 @@ class Benchmark(Named):
 class Budgets(Section):
     """What the result must reach; a budget that is missed ends the run with exit code 5. null is no budget."""
 
-    accuracy_drop: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="largest loss of accuracy against the teacher, 0.01 is one point"
+    accuracy_drop: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="largest loss against the teacher in the task's metric: 0.01 is one point of a share"
     )
     p99_ms: Annotated[float, Field(gt=0)] | None = Field(None, description="largest 99th percentile of the latency")
     size_bytes: Positive | None = Field(None, description="largest size of the student's file")
@@ -227,7 +230,8 @@ class Recipe(Section):
 NAMED = {"data": ("source", "dataset"), "teacher": ("network", "network"), "student": ("network", "network"),
          "distill": ("method", "method"), "quantize": ("method", "quantizer"),
          "benchmark": ("mode", "mode")}  # fmt: skip
-CHOICES = {("teacher", "activation"): "activation", ("student", "activation"): "activation"}
+CHOICES = {("data", "task"): "task", ("teacher", "activation"): "activation",
+           ("student", "activation"): "activation"}  # fmt: skip
 
 
 def load(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
@@ -347,7 +351,9 @@ def json_schema() -> dict[str, Any]:
             "minProperties": 1,
             "maxProperties": 1,
         }
-        schema["$defs"][section.capitalize()]["properties"][key] |= {"anyOf": [{"enum": registry.names(kind)}, one]}
+        own = schema["$defs"][section.capitalize()]["properties"][key]
+        nothing = [{"type": "null"}] if own.get("default", "") is None else []
+        own |= {"anyOf": [{"enum": registry.names(kind)}, one, *nothing]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "edgekd recipe"}
 
 
@@ -383,6 +389,8 @@ def _completed(recipe: Recipe) -> Recipe:
         update[section] = part.model_copy(update=options)
     for (section, key), kind in CHOICES.items():
         part = update.get(section, getattr(recipe, section))
+        if getattr(part, key) is None:
+            continue
         update[section] = part.model_copy(update={key: checked_choice(getattr(part, key), kind, f"{section}.{key}")})
     return recipe.model_copy(update=update)
 

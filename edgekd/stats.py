@@ -15,6 +15,7 @@ Floats = npt.NDArray[np.float64]
 Interval = tuple[float, float]
 Z95 = NormalDist().inv_cdf(0.975)
 EARLY_STOPPING_CONFIDENCE = 0.99
+RESAMPLES = 2000
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -63,6 +64,31 @@ def paired_difference(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_
 
 def _combined(a: float, b: float, phi: float) -> float:
     return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
+
+
+def mean_interval(values: Floats) -> Interval:
+    """Interval of a mean [N] of any distribution: the bootstrap's percentiles (B. Efron, Annals of Statistics 1979).
+
+    A pure function of the values: the resamples are always the same draws.
+    """
+    values = np.asarray(values, np.float64)
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def sign_flip_p(differences: Floats) -> float:
+    """Two-sided p-value that paired differences [N] have mean 0: how often random signs give as large a mean.
+
+    R. A. Fisher, "The Design of Experiments", 1935, section 21, with random instead of all signs; the observed signs
+    count as one draw, so that it is never 0.
+    """
+    observed, rng = abs(float(differences.sum())), np.random.default_rng(0)
+    # Without the share that rounding may take from a sum, the observed signs themselves would not count.
+    limit = observed - 1e-12 * float(np.abs(differences).sum())
+    sums = [abs(float(differences @ (2.0 * rng.integers(0, 2, len(differences)) - 1))) for _ in range(RESAMPLES)]
+    return (1 + sum(found >= limit for found in sums)) / (1 + RESAMPLES)
 
 
 def early_stopping_discards(n: int, percentile: float) -> int:

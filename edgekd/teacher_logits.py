@@ -31,12 +31,12 @@ class TeacherLogits:
         accelerator: accelerate.Accelerator, folder: Path | None,
     ) -> None:  # fmt: skip
         self.teacher, self.batches, self.accelerator, self.folder = teacher, batches, accelerator, folder
-        self.shape = len(dataset.train), dataset.num_classes
+        self.shape = len(dataset.train), *dataset.outputs
         self.changing = is_changing(augment)
         self._epoch, self._logits = -1, torch.empty(0)
 
     def of(self, epoch: int) -> Tensor:
-        """float32 [N, K] for the training split as augmented in this epoch, on the training device."""
+        """float32 [N, ...] for the training split as augmented in this epoch, on the training device."""
         epoch = epoch if self.changing else 0
         if epoch != self._epoch:
             self._epoch, self._logits = epoch, self._table(epoch)
@@ -64,19 +64,20 @@ class TeacherLogits:
             if number % world == rank:
                 with self.accelerator.autocast():
                     logits[at : at + len(x)] = checked_logits(
-                        answer(self.teacher, x, "teacher"), self.shape[1], "teacher"
+                        answer(self.teacher, x, "teacher"), self.shape[1:], "teacher"
                     )
             at += len(x)
         summed: Tensor = self.accelerator.reduce(logits, "sum")  # the rows of the others are zero
         return summed
 
 
-def checked_logits(logits: Tensor, num_classes: int, owner: str) -> Tensor:
-    """`logits`, if they are [B, K] for the data's K classes. Raises RecipeError when the network has other classes."""
-    if logits.ndim != 2 or logits.shape[1] != num_classes:
+def checked_logits(logits: Tensor, outputs: tuple[int, ...], owner: str) -> Tensor:
+    """`logits`, if they are [B, *outputs], as the data wants. Raises RecipeError when the network answers otherwise."""
+    if logits.shape[1:] != outputs:
+        wanted = [len(logits), *outputs]
         raise RecipeError(
-            f"the {owner} gives {list(logits.shape)} for {len(logits)} images, and the data has {num_classes} classes",
-            allowed=f"expected: logits [{len(logits)}, {num_classes}] of teacher and student alike",
+            f"the {owner} gives {list(logits.shape)} for {len(logits)} images, and the data asks for {wanted}",
+            allowed=f"expected: logits {wanted} of teacher and student alike",
             fix=f"use a {owner} that was made for these classes",
             key=owner,
         )
@@ -88,7 +89,7 @@ def is_changing(augment: Augment) -> bool:
     return bool(augment.crop or augment.flip)
 
 
-def _read(file: Path, shape: tuple[int, int]) -> Tensor | None:
+def _read(file: Path, shape: tuple[int, ...]) -> Tensor | None:
     try:
         logits = torch.from_numpy(np.load(file, allow_pickle=False))
     except (OSError, ValueError, EOFError):  # absent, or cut short by a full disk

@@ -59,7 +59,7 @@ def test_the_report_tells_what_is_left(attacked):
     document = document_from_run(record, artifacts)
     assert [row.network for row in document.attack.networks] == ["teacher", "scratch", "student"]
     for row in document.attack.networks:
-        assert row.top1 == document.row(row.network).top1
+        assert row.top1 == document.row(row.network).score
         assert row.robust_ci95[0] <= row.robust_top1 <= row.robust_ci95[1]
     for page in (markdown_from_document(document), html_from_document(document)):
         assert "Attack: PGD-3 within 4/255, in steps of 2/255, by each network" in page

@@ -167,10 +167,10 @@ def test_keep_best_and_keep_last(digits, tmp_path):
 
     kept = trained(best, digits, tmp_path / "best", Ruin(), **options)
     newest = trained(last, digits, tmp_path / "last", Ruin(), keep="last", **options)
-    accuracy = [epoch["val_accuracy"] for epoch in kept.epochs]
+    accuracy = [epoch["val_score"] for epoch in kept.epochs]
     assert (kept.kept, newest.kept) == (2, 4)
     assert accuracy[1] >= accuracy[0] > max(accuracy[2:])
-    assert [epoch["val_accuracy"] for epoch in newest.epochs] == accuracy
+    assert [epoch["val_score"] for epoch in newest.epochs] == accuracy
     for network, expected in ((best, accuracy[1]), (last, accuracy[3])):
         assert not network.training
         logits = distill.predict(network, digits.val, digits)
@@ -240,7 +240,7 @@ def test_progress_and_metrics(digits, tmp_path):
     assert told[0] == Progress(1, 10, {})
     assert told[-1].metrics == found.epochs[0]
     assert [progress for progress, *_ in spy.seen] == pytest.approx([number / 10 for number in range(10)])
-    names = ["epoch", "train_loss", "train_accuracy", "train_loss_ce", "val_accuracy", "val_loss", "lr", "seconds"]
+    names = ["epoch", "train_loss", "train_score", "train_loss_ce", "val_score", "val_loss", "lr", "seconds"]
     assert [list(epoch) for epoch in found.epochs] == [names, names]
     lines = (tmp_path / METRICS).read_text().splitlines()
     assert [json.loads(line) for line in lines] == found.epochs
@@ -257,9 +257,9 @@ def test_metrics_are_means_over_the_epoch(digits, tmp_path):
     logits = torch.from_numpy(distill.predict(network, digits.val, digits))
     labels = torch.from_numpy(digits.val.labels)
     assert found.epochs[0]["train_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
-    assert found.epochs[0]["train_accuracy"] == pytest.approx(np.mean(right), rel=1e-5)
+    assert found.epochs[0]["train_score"] == pytest.approx(np.mean(right), rel=1e-5)
     assert found.epochs[0]["val_loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
-    assert found.epochs[0]["val_accuracy"] == float((logits.argmax(1) == labels).double().mean())
+    assert found.epochs[0]["val_score"] == float((logits.argmax(1) == labels).double().mean())
 
 
 def test_tensorboard_reads_what_is_written(digits, tmp_path):
@@ -269,7 +269,7 @@ def test_tensorboard_reads_what_is_written(digits, tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == set(found.epochs[0])
-    for name in ("val_accuracy", "train_loss"):
+    for name in ("val_score", "train_loss"):
         scalars = [(event.step, event.value) for event in events.Scalars(name)]
         assert scalars == [(e["epoch"], pytest.approx(e[name], rel=1e-6)) for e in found.epochs]
 

@@ -14,9 +14,9 @@ import edgekd
 # A module imports only from those above it. A package stands for everything in it.
 LAYERS = (
     "errors", "yamlfile", "schedule", "registry", "artifact", "recipe", "target", "marks",
-    "data", "activations", "networks", "methods",
+    "stats", "tasks", "data", "activations", "networks", "methods",
     "learning_rate", "checkpoint", "teacher_logits", "training_log", "distill", "parity", "export", "quantize",
-    "backends", "device", "stats", "bench", "stages", "preflight", "pipeline",
+    "backends", "device", "bench", "stages", "preflight", "pipeline",
     "report", "catalog", "starter", "terminal", "cli", "__main__",
 )  # fmt: skip
 # Copied to the device as files: they import nothing of edgekd.
@@ -33,7 +33,7 @@ STAND_ALONE = (
 # Where heavy packages may be imported; a name with a dot is one module, others are packages with all in them.
 HEAVY = {
     "torch": (
-        "data.batches", "activations", "networks", "methods", "checkpoint", "teacher_logits", "training_log",
+        "tasks", "data.batches", "activations", "networks", "methods", "checkpoint", "teacher_logits", "training_log",
         "distill", "parity", "export", "quantize.quantizers", "quantize.capture", "quantize.pt2e", "quantize.qat",
         "quantize.buckets", "quantize.quantized_distillation", "stages", "preflight",
     ),

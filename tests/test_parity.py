@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from edgekd.errors import ExportError
 from edgekd.parity import Parity, parity
+from edgekd.tasks.classification import Classification
 
 N, K = 300, 4
 RNG = np.random.default_rng(0)
@@ -40,7 +41,7 @@ def logits(network: nn.Module, images=IMAGES) -> np.ndarray:
 
 
 def compared(network: nn.Module, got: np.ndarray, images=IMAGES, tolerance: float = 1e-3) -> Parity:
-    return parity(network, lambda index: images[index], logits(network, images), got, tolerance)
+    return parity(network, lambda index: images[index], logits(network, images), got, tolerance, Classification())
 
 
 def test_rounding_passes_and_is_measured():
@@ -51,7 +52,7 @@ def test_rounding_passes_and_is_measured():
     found.check("student.onnx")
     assert (found.samples, found.at_jumps, found.unexplained, found.worst_sample) == (N, 0, 0, 17)
     assert found.max_abs_error == pytest.approx(5e-4, rel=1e-3)
-    assert found.top1_agreement == 1.0
+    assert found.agreement == 1.0
     assert found.as_dict()["tolerance"] == 1e-3
 
 
@@ -80,7 +81,7 @@ def test_one_wrong_sample_of_many_is_found(network):
     error = np.abs(got[123] - expected).max()
     assert str(caught.value) == (
         f"error: student.onnx differs from torch by {error:.3g} at test sample 123"
-        f" (top-1 agreement {found.top1_agreement:.2%} of 300)\n"
+        f" (agreement {found.agreement:.2%} of 300)\n"
         f"       tolerance 0.001 of the largest logit; torch [{' '.join(f'{v:.4g}' for v in expected)}],"
         f" ONNX [{' '.join(f'{v:.4g}' for v in got[123])}]\n"
         "fix:   try another export.form or export.opset; or raise export.tolerance, if this agreement will do"
@@ -139,7 +140,7 @@ def test_a_graph_that_is_wrong_everywhere_is_found_at_once():
     network = Counting()
     expected = logits(network)
     calls.clear()
-    found = parity(network, lambda index: IMAGES[index], expected, expected + 1, 1e-3)
+    found = parity(network, lambda index: IMAGES[index], expected, expected + 1, 1e-3, Classification())
     assert found.unexplained == 100  # of the worst hundred; it looks no farther
     assert sum(calls) == 1700
 
@@ -148,7 +149,7 @@ def test_logits_that_are_not_those_of_the_network_are_found():
     """What torch is said to have computed is not what it computes: no nudge explains that."""
     expected = logits(Jumping())
     expected[31, 2] += 0.5
-    found = parity(Jumping(), lambda index: IMAGES[index], expected, logits(Jumping()), 1e-3)
+    found = parity(Jumping(), lambda index: IMAGES[index], expected, logits(Jumping()), 1e-3, Classification())
     assert (found.unexplained, found.worst_sample) == (1, 31)
 
 

@@ -34,9 +34,9 @@ def test_the_stage_leaves_an_account(store):
     artifacts = quantized(store)
     result, exported = artifacts["quantize"].result, artifacts["onnx-student"].result
     assert result["precision"] == "int8" and result["method"] == "ptq"
-    assert result["accuracy"] == {"n": 50, "float_top1": exported["top1"], "top1": result["top1"]}
+    assert result["accuracy"] == {"n": 50, "float_score": exported["score"], "score": result["score"]}
     logits, labels = (np.load(artifacts["quantize"].file(name)) for name in (stages.LOGITS, stages.LABELS))
-    assert result["top1"] == (logits.argmax(1) == labels).mean()
+    assert result["score"] == (logits.argmax(1) == labels).mean()
     assert [row["layer"] for row in result["layers"]] and all(row["quantized"] for row in result["layers"])
     assert len(result["lma"]) == 7 and {row["layer"] for row in result["lma"]} == {
         curve["name"] for curve in json.loads(artifacts["student"].file(stages.CURVES).read_text())
@@ -54,7 +54,7 @@ def test_the_engine_gets_the_backends_dialect(store):
     deployed = onnx.load(artifacts["engine-student"].file(stages.ENGINE) / "model.onnx")
     codes = {tensor.name: tensor.data_type for tensor in deployed.graph.initializer}
     assert codes["zero_point_uint8"] == onnx.TensorProto.UINT8
-    assert abs(artifacts["engine-student"].result["top1"] - artifacts["quantize"].result["top1"]) <= 0.04
+    assert abs(artifacts["engine-student"].result["score"] - artifacts["quantize"].result["score"]) <= 0.04
     teacher = onnx.load(artifacts["engine-teacher"].file(stages.ENGINE) / "model.onnx")
     assert not any(node.op_type == "QuantizeLinear" for node in teacher.graph.node)
 
@@ -93,7 +93,7 @@ def test_the_search_starts_from_the_budget(store):
     overrides = ("quantize.auto_mixed=true", "quantize.search_minutes=0.05", "budgets.accuracy_drop=0.0")
     found = quantized(store, *overrides)["quantize"].result["search"]
     assert found["tried"][0]["keep_float"] == 0
-    assert found["met"] or found["top1"] >= found["tried"][0]["top1"]
+    assert found["met"] or found["score"] >= found["tried"][0]["score"]
 
 
 def test_a_named_calibration_set_is_used(store, tmp_path):
@@ -113,7 +113,7 @@ def test_every_quantizer_goes_through_to_the_engine(store):
         if "quantize" in artifacts:
             result = artifacts["quantize"].result
             assert result["size"]["bytes"] < result["size"]["float_bytes"], entry.name
-            assert artifacts["engine-student"].result["top1"] == pytest.approx(result["top1"], abs=0.04)
+            assert artifacts["engine-student"].result["score"] == pytest.approx(result["score"], abs=0.04)
 
 
 def test_a_missed_budget_ends_with_code_5_and_a_report(main, store, tmp_path):
@@ -151,7 +151,7 @@ def test_the_study_of_calibration_sets(main, store, tmp_path):
     rows = json.loads(out)
     assert code == 0
     assert [(row["images"], row["seed"]) for row in rows[:3]] == [(16, 0), (16, 1), (16, 2)]
-    assert rows[-1]["images"] < 256 and all(0 <= row["top1"] <= 1 for row in rows)
+    assert rows[-1]["images"] < 256 and all(0 <= row["score"] <= 1 for row in rows)
 
 
 def test_check_passes_what_tensorrt_takes(main, store, tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def test_a_trained_networks_result(stage, artifacts):
     networks.load_weights(network, artifact.file(stages.WEIGHTS))
     logits, labels = np.load(artifact.file(stages.LOGITS)), np.load(artifact.file(stages.LABELS))
     assert logits.shape == (50, 10) and logits.dtype == np.float32
-    assert result["top1"] == (logits.argmax(1) == labels).mean() and result["n"] == 50
+    assert result["score"] == (logits.argmax(1) == labels).mean() and result["n"] == 50
     assert result["params"] == networks.count_params(network)
     assert result["macs"] == networks.count_macs(network, Shape(1, 8, 8))
     assert result["size_bytes"] == artifact.file(stages.WEIGHTS).stat().st_size
@@ -62,19 +62,19 @@ def test_a_trained_networks_result(stage, artifacts):
     assert len(curves) == (0 if stage == "teacher" else 7)
     assert all(sum(curve["inputs"]["counts"]) > 0 and curve["cuts"] for curve in curves)
     _, facts = networks.read_weights(artifact.file(stages.WEIGHTS))
-    assert (facts["network"], facts["num_classes"], facts["shape"]) == ("resnet", 10, [1, 8, 8])
+    assert (facts["network"], facts["outputs"], facts["shape"]) == ("resnet", [10], [1, 8, 8])
 
 
 @pytest.mark.parametrize("subject", ["teacher", "student"])
 def test_an_exported_networks_result(subject, artifacts):
     artifact, result = artifacts[f"onnx-{subject}"], artifacts[f"onnx-{subject}"].result
     assert result["parity"]["samples"] == result["n"] == 50
-    assert result["parity"]["top1_agreement"] == 1.0
+    assert result["parity"]["agreement"] == 1.0
     assert result["parity"]["max_relative_error"] <= result["parity"]["tolerance"] == 1e-3
     assert result["parity"]["unexplained"] == 0
     torch_logits, logits = (np.load(artifacts[stage].file(stages.LOGITS)) for stage in (subject, f"onnx-{subject}"))
     assert result["parity"]["max_abs_error"] == pytest.approx(np.abs(logits - torch_logits).max(), rel=1e-6)
-    assert result["top1"] == artifacts[subject].result["top1"]
+    assert result["score"] == artifacts[subject].result["score"]
     assert "BatchNormalization" not in result["operators"]
     metadata = {prop.key: prop.value for prop in onnx.load(artifact.file(stages.MODEL)).metadata_props}
     assert json.loads(metadata["class_names"]) == [str(number) for number in range(10)]
@@ -120,7 +120,7 @@ def test_a_teacher_from_a_checkpoint(kind, artifacts, tmp_path):
         np.load(made["teacher"].file(stages.LOGITS)), np.load(artifacts["teacher"].file(stages.LOGITS))
     )
     assert "epochs" not in made["teacher"].result
-    assert made["teacher"].result["top1"] == artifacts["teacher"].result["top1"]
+    assert made["teacher"].result["score"] == artifacts["teacher"].result["score"]
     # The same teacher makes the same student, wherever it comes from.
     assert made["student"].digest == artifacts["student"].digest
 
@@ -204,7 +204,7 @@ def test_a_graph_that_differs_from_torch_is_not_stored(artifacts, tmp_path):
     inputs = {"student": damaged(artifacts["student"], tmp_path / "student", change)}
     (tmp_path / "out").mkdir()
     (tmp_path / "work").mkdir()
-    with pytest.raises(ExportError, match=r"student.onnx differs from torch by 0.5 at test sample 31 \(top-1"):
+    with pytest.raises(ExportError, match=r"student.onnx differs from torch by 0.5 at test sample 31 \(agreement"):
         stages.onnx("student", make_job(tmp_path / "store"), inputs, tmp_path / "out", tmp_path / "work")
     assert not (tmp_path / "out" / stages.LOGITS).exists()
 

@@ -64,12 +64,12 @@ def run(seed: int, only: list[str] | None) -> None:
     teacher = network(TEACHER, many, seed)
     seconds = train(teacher, many, TEACHER_BUDGET, "scratch", {}, None, seed)
     found = {"seed": seed, "images": len(few.test)}
-    print(json.dumps({**found, "row": "teacher", "top1": accuracy(teacher, many), "seconds": seconds}), flush=True)
+    print(json.dumps({**found, "row": "teacher", "score": accuracy(teacher, many), "seconds": seconds}), flush=True)
     for row, (method, options) in rows.items():
         if not only or row in only:
             student = network(STUDENT, few, seed)
             seconds = train(student, few, BUDGET, method, options, teacher, seed)
-            print(json.dumps({**found, "row": row, "top1": accuracy(student, few), "seconds": seconds}), flush=True)
+            print(json.dumps({**found, "row": row, "score": accuracy(student, few), "seconds": seconds}), flush=True)
 
 
 def _needs_options(name: str) -> bool:
@@ -100,7 +100,7 @@ def accuracy(student: nn.Module, dataset: Dataset) -> float:
 
 
 def report(lines: list[dict[str, Any]]) -> str:
-    one = {(line["seed"], line["row"]): line["top1"] for line in lines}  # a teacher is trained again by every run
+    one = {(line["seed"], line["row"]): line["score"] for line in lines}  # a teacher is trained again by every run
     seeds = sorted({seed for seed, _ in one})
     names = sorted({row for _, row in one}, key=lambda row: (FIRST.get(row, len(FIRST)), row))
     found = {row: [one[seed, row] for seed in seeds] for row in names}

@@ -51,8 +51,8 @@ class Worker:
         self.run = runner.run
         for _ in range(FIRST_QUERIES):
             logits = self.run(np.array(samples[:1]))
-        if getattr(logits, "ndim", 0) != 2 or len(logits) != 1:
-            raise AgentError(f"answers {getattr(logits, 'shape', type(logits))} for one sample, not logits [1, K]")
+        if getattr(logits, "ndim", 0) < 2 or len(logits) != 1:
+            raise AgentError(f"answers {getattr(logits, 'shape', type(logits))} for one sample, not logits [1, K, ...]")
         peak = memory_bytes("VmHWM")
         hot = max(1, min(len(samples), HOT_SAMPLES_BYTES // samples[:1].nbytes))
         self.samples = samples

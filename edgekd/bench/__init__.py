@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.backends import Engine
-from edgekd.bench.arrays import correct_from_logits, table_from_latencies
+from edgekd.bench.arrays import quality_from_logits, table_from_latencies
 from edgekd.bench.deployment import Progress, measured_on
 from edgekd.bench.latencies import rounds
 from edgekd.bench.modes import Mode
@@ -17,6 +17,7 @@ from edgekd.bench.summary import summarize
 from edgekd.bench.validity import MIN_QUERIES
 from edgekd.device import Device
 from edgekd.errors import RecipeError, StageError
+from edgekd.tasks import Judge
 
 __all__ = ["MIN_LAUNCHES", "benchmark"]
 
@@ -30,7 +31,7 @@ def benchmark(
     teacher: Engine,
     *,
     samples: npt.NDArray[np.float32],
-    labels: npt.NDArray[np.int64],
+    judge: Judge,
     device: Device,
     workdir: Path,
     mode: Mode,
@@ -41,7 +42,7 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure `student` against `teacher` on `device`; leave raw latencies and logits in `workdir`.
 
-    samples: float32 [N, C, H, W] as the networks take them; labels: int64 [N]; launches: 9 are the fewest whose
+    samples: float32 [N, C, H, W] as the networks take them; judge: of the answers; launches: 9 are the fewest whose
     interval survives one odd launch at either end; lock_clocks: hold the device's clocks at their highest meanwhile,
     which needs root there.
 
@@ -76,8 +77,8 @@ def benchmark(
             allowed="each round times both",
             fix="measure again: edgekd bench",
         )
-    correct = {name: correct_from_logits(workdir / f"{name}_logits.npy", labels, name) for name in engines}
-    return summarize(measured, tables, correct, mode) | {
+    quality = {name: quality_from_logits(workdir / f"{name}_logits.npy", judge, name) for name in engines}
+    return summarize(measured, tables, quality, mode) | {
         "settings": settings,
         "argv": measured["argv"],
         "url": device.url,

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from edgekd.bench.latencies import Table, computing_ns
 from edgekd.errors import StageError
+from edgekd.tasks import Judge
 
 
 def table_from_latencies(path: Path, name: str) -> Table:
@@ -24,20 +25,20 @@ def table_from_latencies(path: Path, name: str) -> Table:
     return table
 
 
-def correct_from_logits(path: Path, labels: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.bool_]:
-    """Which samples the logits [N, K] in a file get right, bool [N]. Raises StageError when they cannot be scored."""
-    logits = _array(path)
-    if logits.ndim != 2 or len(logits) != len(labels):
+def quality_from_logits(path: Path, judge: Judge, name: str) -> npt.NDArray[Any]:
+    """How good each answer [N, ...] in a file is, [N], see `Task.quality`. Raises StageError when it cannot be told."""
+    logits, shape = _array(path), (len(judge.labels), *judge.outputs)
+    if logits.shape != shape:
         raise StageError(
-            f"the {name} gave logits {list(logits.shape)} for {len(labels)} samples",
-            allowed=f"expected: [{len(labels)}, K]",
+            f"the {name} gave logits {list(logits.shape)} for {len(judge.labels)} samples",
+            allowed=f"expected: {list(shape)}",
             fix="see whether the engine runs by itself, and measure again",
         )
-    finite = np.isfinite(logits).all(axis=1)
+    finite = np.isfinite(logits.reshape(len(logits), -1)).all(axis=1)
     if not finite.all():
         what = f"the {name}'s logits are not finite, first for sample {int(finite.argmin())}"
         raise StageError(what, allowed="expected: finite numbers", fix="check the export and the precision")
-    return np.asarray(logits.argmax(axis=1) == labels)
+    return judge.task.quality(logits, judge.labels)
 
 
 def _array(path: Path) -> npt.NDArray[Any]:

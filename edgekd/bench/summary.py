@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekd import stats
+from edgekd import stats, tasks
 from edgekd.bench.latencies import DURATION, SAMPLES, Table, computing_ns
 from edgekd.bench.modes import Mode
 from edgekd.bench.validity import invalid_because
@@ -17,12 +17,10 @@ from edgekd.bench.validity import invalid_because
 def summarize(
     measured: Mapping[str, Any],
     tables: Mapping[str, Table],
-    correct: Mapping[str, npt.NDArray[np.bool_]],
+    quality: Mapping[str, npt.NDArray[Any]],
     mode: Mode,
 ) -> dict[str, Any]:
-    """The result of a measurement, ready for JSON. measured: what the agent wrote; correct: bool [N] by model."""
-    change, interval = stats.paired_difference(correct["teacher"], correct["student"])
-    won, lost = (correct["student"] & ~correct["teacher"]).sum(), (correct["teacher"] & ~correct["student"]).sum()
+    """The result of a measurement, ready for JSON. measured: what the agent wrote; quality: [N] by model."""
     launches = mode.speedups(tables["student"], tables["teacher"])
     speedup, speedup_interval = stats.median_interval(launches)
     reasons = invalid_because(measured, tables, mode)
@@ -31,9 +29,9 @@ def summarize(
         "reasons": reasons,
         "mode": {"name": mode.name, **mode.findings(measured, tables)},
         "latency": {name: _latency(mode.headline(tables[name]), measured["models"][name], name) for name in tables},
-        "accuracy": {name: _accuracy(correct[name], name) for name in correct},
+        "accuracy": {name: _accuracy(quality[name], name) for name in quality},
         "speedup": {"value": speedup, "ci95": list(speedup_interval), "of": mode.compares},
-        "accuracy_change": {"value": change, "ci95": list(interval), "p_value": stats.mcnemar_p(int(won), int(lost))},
+        "accuracy_change": tasks.change(quality["teacher"], quality["student"]),
         "speedup_by_launch": launches.tolist(),
         "telemetry": _telemetry(measured["telemetry"], measured["device"]["cores"]),
         "device": measured["device"],
@@ -100,10 +98,5 @@ def _energy(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _accuracy(correct: npt.NDArray[np.bool_], name: str) -> dict[str, Any]:
-    return {
-        "top1": float(correct.mean()),
-        "n": len(correct),
-        "ci95": list(stats.wilson(int(correct.sum()), len(correct))),
-        "logits_file": f"{name}_logits.npy",
-    }
+def _accuracy(quality: npt.NDArray[Any], name: str) -> dict[str, Any]:
+    return tasks.summary(quality) | {"logits_file": f"{name}_logits.npy"}

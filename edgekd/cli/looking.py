@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from edgekd.terminal import Terminal
 
 KINDS = (
-    "datasets", "networks", "activations", "methods", "quantizers", "backends", "transports", "modes", "targets",
+    "tasks", "datasets", "networks", "activations", "methods", "quantizers", "backends", "transports", "modes",
+    "targets", "recipes", "calib",
     "recipes", "calib",
 )  # fmt: skip
 

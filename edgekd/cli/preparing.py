@@ -60,7 +60,8 @@ def calib(
         from edgekd.data import calibration
 
         with located(job):
-            made = calibration.make(job.recipe.data.source, job.recipe.data.options, n=images, seed=seed)
+            data = job.recipe.data
+            made = calibration.make(data.source, data.options, data.task, n=images, seed=seed)
         file = out or Path(f"calib-{job.recipe.data.source}-{images}-{seed}.yaml")
         calibration.save(made, file)
         print(file)
@@ -74,9 +75,14 @@ def calib(
         print(json.dumps(rows, indent=2))
         return
     terminal.table(
-        ("images", "seed", "top-1 of the validation split", "SQNR of the logits"),
+        ("images", "seed", f"{job.task.metric.label} of the validation split", "SQNR of the logits"),
         [
-            (str(row["images"]), str(row["seed"]), f"{row['top1']:.2%}", f"{row['logits_sqnr_db']:.1f} dB")
+            (
+                str(row["images"]),
+                str(row["seed"]),
+                job.task.metric.text(row["score"]),
+                f"{row['logits_sqnr_db']:.1f} dB",
+            )
             for row in rows
         ],
     )

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # Commands that end with one of these stages exit with the verdict on what they made.
 JUDGED = ("quantize", "build-student", "bench")
 # What of the report's ladder fits on a terminal of 80 columns.
-LADDER_COLUMNS = ("Rung", "Top-1", "95% interval", "To teacher", "Size", "Params")
+LADDER_COLUMNS = (0, 1, 2, 3, 6, 7)  # rung, score, interval, to teacher, size, params
 
 
 STAGE_COMMANDS = {
@@ -192,9 +192,9 @@ def _show(document: Document, path: Path, terminal: Terminal) -> None:
     from edgekd.report import tables
 
     ladder = tables.ladder(document)
-    shown = [ladder.columns.index(name) for name in LADDER_COLUMNS]
-    rows = [row.cells for row in ladder.rows if not row.reason]
-    terminal.table(LADDER_COLUMNS, [[cells[column] for column in shown] for cells in rows])
+    lines = [ladder.columns, *(row.cells for row in ladder.rows if not row.reason)]
+    columns, *rows = ([cells[at] for at in LADDER_COLUMNS] for cells in lines)
+    terminal.table(columns, rows)
     terminal.say("")
     terminal.say(f"{document.verdict.status_text}: {tables.headline(document)}")
     terminal.say(str(path))

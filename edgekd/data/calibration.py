@@ -14,7 +14,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from edgekd.data.dataset import Dataset, Images, Split
+from edgekd.data.dataset import Dataset, Images, Split, TaskChoice
 from edgekd.data.loading import carve, read
 from edgekd.errors import DataError, RecipeError
 from edgekd.recipe import Section
@@ -66,18 +66,20 @@ def of(dataset: Dataset, source: str | None, options: Mapping[str, Any], *, n: i
     images that the test split has.
     """
     if source is None:
-        samples = dataset.train[carve(dataset.train.labels, n, "calibration", seed)[1]]
+        samples = dataset.train[carve(dataset.task.strata(dataset.train.labels), n, "calibration", seed)[1]]
         samples = samples[np.flatnonzero(~_among(samples.images, dataset.test.images))]
         where = f"train, drawn with seed {seed}"
     else:
-        where, found = source, load(source, {key: value for key, value in options.items() if key == "path"})
+        where, found = (
+            source,
+            load(source, {key: value for key, value in options.items() if key == "path"}, dataset.task.choice),
+        )
         samples, seed = found.samples, found.selection.seed
         _check_source(where, found, dataset)
     warnings = _check(where, samples, dataset)
-    counts = np.bincount(samples.labels, minlength=dataset.num_classes).tolist()
     about = {
         "source": where, "n": len(samples), "seed": seed, "sha256": _sha256(samples.images),
-        "class_counts": dict(zip(dataset.class_names, counts, strict=True)),
+        "class_counts": dataset.task.counts(samples.labels, dataset.class_names),
     }  # fmt: skip
     return Calibration(samples, about, tuple(warnings))
 
@@ -106,9 +108,11 @@ def _check_source(where: str, found: CalibrationSet, dataset: Dataset) -> None:
 def _check(where: str, samples: Split, dataset: Dataset) -> list[str]:
     """Raise DataError for images that cannot calibrate; return what the reader of a report should know."""
     fix = "raise quantize.calibration_images, or make another set: edgekd calib"
-    if len(np.unique(samples.labels)) == 1 < dataset.num_classes:
+    counts = dataset.task.counts(samples.labels, dataset.class_names)
+    seen = [name for name, n in counts.items() if n]
+    if len(seen) == 1 < len(counts):
         raise DataError(
-            f"calibration set {where}: all images are of the class {dataset.class_names[samples.labels[0]]}",
+            f"calibration set {where}: all images are of the class {seen[0]}",
             allowed=f"expected: images of all {dataset.num_classes} classes",
             fix=fix,
         )
@@ -119,7 +123,7 @@ def _check(where: str, samples: Split, dataset: Dataset) -> list[str]:
             allowed="expected: images like those that the network will see",
             fix=fix,
         )
-    missing = [name for label, name in enumerate(dataset.class_names) if not (samples.labels == label).any()]
+    missing = [name for name, n in counts.items() if not n]
     return [f"calibrated without an image of: {', '.join(missing)}"] if missing else []
 
 
@@ -129,13 +133,15 @@ def _among(images: Images, others: Images) -> npt.NDArray[np.bool_]:
     return np.array([hash(image.tobytes()) in known for image in images], bool)
 
 
-def make(dataset: str, options: Mapping[str, Any], *, n: int, seed: int) -> CalibrationSet:
+def make(
+    dataset: str, options: Mapping[str, Any], task: TaskChoice | None = None, *, n: int, seed: int
+) -> CalibrationSet:
     """Select n training samples, each class in proportion to its size; a pure function of the data and the seed.
 
     Raises RecipeError when there are not n to select from.
     """
-    parts = read(dataset, options)
-    ids = carve(parts.train.labels, n, "calibration", seed)[1]
+    parts = read(dataset, options, task)
+    ids = carve(parts.task.strata(parts.train.labels), n, "calibration", seed)[1]
     if len(ids) < n:
         raise RecipeError(
             f"a calibration set of {n} samples cannot be selected from {dataset}",
@@ -143,7 +149,6 @@ def make(dataset: str, options: Mapping[str, Any], *, n: int, seed: int) -> Cali
             fix=f"ask for {len(ids)} samples or fewer",
         )
     samples = parts.train[ids]
-    counts = np.bincount(samples.labels, minlength=len(parts.class_names)).tolist()
     selection = Selection(
         dataset=dataset,
         options={key: value for key, value in options.items() if key != "path"},
@@ -151,7 +156,7 @@ def make(dataset: str, options: Mapping[str, Any], *, n: int, seed: int) -> Cali
         n=n,
         sample_ids=ids.tolist(),
         sha256=_sha256(samples.images),
-        class_counts=dict(zip(parts.class_names, counts, strict=True)),
+        class_counts=parts.task.counts(samples.labels, parts.class_names),
     )
     return CalibrationSet(selection, samples)
 
@@ -162,14 +167,14 @@ def save(calibration: CalibrationSet, file: Path) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def load(source: str, options: Mapping[str, Any] | None = None) -> CalibrationSet:
+def load(source: str, options: Mapping[str, Any] | None = None, task: TaskChoice | None = None) -> CalibrationSet:
     """A shipped set by name, or one by the path of its YAML; `options` win over those of the file (`path`, say).
 
     Raises RecipeError for a file that is no calibration set, DataError when the data are not those it was made from.
     """
     file = find(source)
     selection = _parsed(file)
-    train = read(selection.dataset, {**selection.options, **(options or {})}).train
+    train = read(selection.dataset, {**selection.options, **(options or {})}, task).train
     ids = np.asarray(selection.sample_ids, np.int64)
     samples = train[ids] if len(ids) == selection.n and ids.max() < len(train) else None
     if samples is None or _sha256(samples.images) != selection.sha256:

@@ -1,17 +1,21 @@
-"""What a data set is: images kept as decoded uint8 in memory, with labels, splits and normalisation."""
+"""What a data set is: images kept as decoded uint8 in memory, with labels, task, splits and normalisation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from edgekd.tasks import Judge, Task
+from edgekd.tasks.classification import Classification
+
 Images = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
+Labels = npt.NDArray[Any]  # as the task stores them
+TaskChoice = str | dict[str, dict[str, Any]]  # NAME or {NAME: {option: value}}
 SplitName = Literal["train", "val", "test"]
 
 
@@ -26,7 +30,7 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Samples of one purpose. images: uint8 [N, C, H, W]; labels: int64 [N], each in 0..K-1."""
+    """Samples of one purpose. images: uint8 [N, C, H, W]; labels: [N, ...], what the task makes of them."""
 
     images: Images
     labels: Labels
@@ -42,6 +46,7 @@ class Split:
 class Dataset:
     """A data set ready for training. mean, std: one number per channel, on the 0..1 scale, of the train split.
 
+    class_names: of the classes, or of whatever the task has in their place.
     `notes` tell what the user did not ask for but should know: a test share carved out, images that occur twice.
     """
 
@@ -53,11 +58,21 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     notes: tuple[str, ...] = ()
+    task: Task = field(default_factory=Classification)
 
     @property
     def num_classes(self) -> int:
         """K, the number of classes."""
         return len(self.class_names)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The shape of a network's answer for one image."""
+        return self.task.output_shape(self.class_names, self.train.images.shape[1:])
+
+    def judge(self, split_name: SplitName, n: int | None = None) -> Judge:
+        """Of answers to the images of a split, or to its first n."""
+        return Judge(self.task, self.split(split_name).labels[:n], self.outputs)
 
     @property
     def shape(self) -> Shape:
@@ -84,7 +99,7 @@ class Dataset:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One part of a source as it was read, not yet checked. images: uint8 [N, C, H, W]; labels: [N], meant as integers.
+    """One part of a source as it was read, not yet checked. images: uint8 [N, C, H, W]; labels: [N, ...], of the task.
 
     `where(i)` names the file and place of sample i, for errors; `file` is the file or folder of the whole part.
     """
@@ -97,13 +112,17 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class RawData:
-    """What a source reads. `class_names` is empty when the source has none: they are then "0", "1", ..."""
+    """What a source reads, and what for: `task`, unless the recipe names another one.
+
+    `class_names` is empty when the source has none: they are then "0", "1", ...
+    """
 
     train: Part
     test: Part | None = None
     val: Part | None = None
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    task: TaskChoice = "classification"
 
 
 class Source(Protocol):

@@ -15,8 +15,10 @@ import numpy.typing as npt
 
 from edgekd import registry
 from edgekd.data.checks import checked
-from edgekd.data.dataset import Dataset, Images, Labels, Source, Split
+from edgekd.data.dataset import Dataset, Images, Source, Split, TaskChoice
 from edgekd.errors import DataError, MissingError, RecipeError
+from edgekd.recipe import checked_choice
+from edgekd.tasks import Task
 
 # A source without a test part gives this share of its samples as test, the same ones whatever the recipe's seed:
 # results of several seeds are then measured on the same samples.
@@ -36,12 +38,14 @@ class Parts:
     test: Split
     class_names: tuple[str, ...]
     notes: tuple[str, ...]
+    task: Task
 
 
 def load(
     source: str,
     options: Mapping[str, Any],
     *,
+    task: TaskChoice | None = None,
     validation: float = 0.1,
     seed: int = 0,
     train_limit: int | None = None,
@@ -50,6 +54,7 @@ def load(
 ) -> Dataset:
     """Read a registered source, check it and split it.
 
+    task: what the labels are for; None is what the source says.
     validation: share of the train part that is carved out, stratified, as a pure function of `seed`; not used when
     the source has both a validation and a test part of its own.
     train_limit, test_limit: at most this many samples, stratified; validation is carved out of what is left of train,
@@ -63,15 +68,16 @@ def load(
             allowed="expected: a share above 0 and below 1",
             fix="set data.validation = 0.1",
         )
-    parts = read(source, options)
-    train = _limited(parts.train, train_limit, seed, "data.train_limit")
-    test = _limited(parts.test, test_limit, TEST_SEED, "data.test_limit")
+    parts = read(source, options, task)
+    strata = parts.task.strata
+    train = _limited(parts.train, strata(parts.train.labels), train_limit, seed, "data.train_limit")
+    test = _limited(parts.test, strata(parts.test.labels), test_limit, TEST_SEED, "data.test_limit")
     if parts.val is None:
-        rest, carved = carve(train.labels, max(1, round(validation * len(train))), "validation", seed)
+        rest, carved = carve(strata(train.labels), max(1, round(validation * len(train))), "validation", seed)
         if not len(carved):
             raise DataError(
                 f"{parts.file}: {len(train)} training samples are too few to carve a validation split out of them",
-                allowed=f"expected: more than one sample of at least one of the {len(parts.class_names)} classes",
+                allowed="expected: more than one sample of at least one class",
                 fix="give more samples, or raise data.train_limit",
             )
         train, val = train[rest], train[carved]
@@ -79,34 +85,36 @@ def load(
         val = parts.val
     channels = train.images.shape[1]
     mean, std = _statistics(train.images, parts.file) if normalize is None else _given(normalize, channels)
-    return Dataset(source, train, val, test, parts.class_names, mean, std, parts.notes)
+    return Dataset(source, train, val, test, parts.class_names, mean, std, parts.notes, parts.task)
 
 
-def read(source: str, options: Mapping[str, Any]) -> Parts:
-    """Read and check a source.
+def read(source: str, options: Mapping[str, Any], task: TaskChoice | None = None) -> Parts:
+    """Read and check a source, for its own task or another one.
 
     A source without a test part gets one: its validation part, else a stratified share of train, always the same.
     """
     try:
         made: Source = registry.create("dataset", source, options=options, where="data")
-        raw = checked(made.read())
+        raw = made.read()
     except ModuleNotFoundError as error:
         raise MissingError(
             f'dataset "{source}" needs the Python package {error.name!r}, which is not installed',
             allowed="the plain install reads cifar, idx and npz only",
             fix="pip install 'edgekd[train]'",
         ) from error
+    purpose = task_from_choice(raw.task if task is None else task)
+    raw, purpose = checked(raw, purpose)
     train = Split(raw.train.images, raw.train.labels)
     val, test = (None if part is None else Split(part.images, part.labels) for part in (raw.val, raw.test))
     notes = list(raw.notes)
     if test is not None:
         if val is not None:
             notes.append(f"the source has a validation part: its {len(val)} samples are used, data.validation is not")
-        return Parts(raw.train.file, train, val, test, raw.class_names, tuple(notes))
+        return Parts(raw.train.file, train, val, test, raw.class_names, tuple(notes), purpose)
     if val is not None:
         notes.append(f"the source has no test part: its validation part of {len(val)} samples serves as test")
-        return Parts(raw.train.file, train, None, val, raw.class_names, tuple(notes))
-    rest, carved = carve(train.labels, max(1, round(TEST_SHARE * len(train))), "test", TEST_SEED)
+        return Parts(raw.train.file, train, None, val, raw.class_names, tuple(notes), purpose)
+    rest, carved = carve(purpose.strata(train.labels), max(1, round(TEST_SHARE * len(train))), "test", TEST_SEED)
     if not len(carved):
         raise DataError(
             f"{raw.train.file}: {len(train)} samples are too few to carve a test part out of them",
@@ -114,33 +122,41 @@ def read(source: str, options: Mapping[str, Any]) -> Parts:
             fix="give more samples",
         )
     notes.append(f"the source has no test part: {len(carved)} of its {len(train)} samples are kept for test")
-    return Parts(raw.train.file, train[rest], None, train[carved], raw.class_names, tuple(notes))
+    return Parts(raw.train.file, train[rest], None, train[carved], raw.class_names, tuple(notes), purpose)
 
 
-def carve(labels: Labels, n: int, purpose: str, seed: int) -> tuple[Indices, Indices]:
+def task_from_choice(choice: TaskChoice) -> Task:
+    """The task that `NAME` or `{NAME: {option: value}}` names. Raises RecipeError."""
+    ((name, options),) = checked_choice(choice, "task", "data.task").items()
+    made: Task = registry.create("task", name, options=options, where=f"data.task.{name}")
+    return made
+
+
+def carve(strata: Indices, n: int, purpose: str, seed: int) -> tuple[Indices, Indices]:
     """Split 0..N-1 into (rest, carved), both ascending; a pure function of its arguments.
 
     `purpose` keeps what is carved for one thing independent of what is carved for another with the same seed.
 
+    strata: [N], the class of each sample, or what the task has in its place.
     n samples are carved, each class in proportion to its size (Webster's method). Every class keeps a sample in the
     rest, so fewer are carved when n is above N - K. A larger n with the same seed carves a superset.
     """
-    priority = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        generator = np.random.default_rng([seed, int(label), *purpose.encode()])
+    priority = np.empty(len(strata))
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        generator = np.random.default_rng([seed, int(stratum), *purpose.encode()])
         ranks = generator.permutation(len(members))
         priority[members] = np.where(ranks == len(members) - 1, np.inf, (ranks + 0.5) / len(members))
     order = np.argsort(priority, kind="stable")[: min(n, int(np.isfinite(priority).sum()))]
-    chosen = np.zeros(len(labels), bool)
+    chosen = np.zeros(len(strata), bool)
     chosen[order] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
-def _limited(split: Split, limit: int | None, seed: int, option: str) -> Split:
+def _limited(split: Split, strata: Indices, limit: int | None, seed: int, option: str) -> Split:
     if limit is None or limit >= len(split):
         return split
-    classes = len(np.unique(split.labels))
+    classes = len(np.unique(strata))
     if limit < classes:
         raise RecipeError(
             f"{option} = {limit} is less than one sample per class",
@@ -148,7 +164,7 @@ def _limited(split: Split, limit: int | None, seed: int, option: str) -> Split:
             fix=f"set {option} = {10 * classes}",
         )
     # What is left after carving away the others: it keeps at least one sample of every class.
-    return split[carve(split.labels, len(split) - limit, option, seed)[0]]
+    return split[carve(strata, len(split) - limit, option, seed)[0]]
 
 
 def _statistics(images: Images, file: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

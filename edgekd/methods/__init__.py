@@ -17,16 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.methods.taps import NO_TAPS, Taps
+from edgekd.tasks import Task
+from edgekd.tasks.classification import Classification
 
 Forward = Callable[[Tensor], Tensor]
+CLASSIFICATION = Classification()
 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
     """What a method may know of the training before it begins.
 
-    example: float32 [B, C, H, W], two training images or more, normalised, on the networks' device. labels: int64 [N]
-    of all training samples. mean, std: [C, 1, 1], what the images were normalised with, on the 0..1 scale.
+    example: float32 [B, C, H, W], two training images or more, normalised, on the networks' device. labels: [N, ...]
+    of all training samples, for the task. mean, std: [C, 1, 1], what the images were normalised with, on the
+    0..1 scale.
     """
 
     example: Tensor
@@ -35,22 +39,24 @@ class Setting:
     mean: Tensor
     std: Tensor
     epochs: int
+    task: Task = CLASSIFICATION
 
 
 class Step:
     """One training batch as a method sees it. Networks compute when first asked, and once: logits and taps together.
 
-    x: [B, C, H, W] normalised images; y: [B] labels; index: [B], their places in the training split; progress: share of
-    the training done, 0 to 1. replay: how often this batch was taken before, see `Method.replays`. student: the
-    student, for whoever has other images for it.
+    x: [B, C, H, W] normalised images; y: [B, ...] labels; index: [B], their places in the training split; progress:
+    share of the training done, 0 to 1. replay: how often this batch was taken before, see `Method.replays`. student:
+    the student, for whoever has other images for it.
     """
 
     def __init__(
         self, x: Tensor, y: Tensor, *, progress: float, student: Forward, teacher: Callable[[], Tensor] | None = None,
         ask_teacher: Forward | None = None, index: Tensor | None = None, student_taps: Taps = NO_TAPS,
-        teacher_taps: Taps = NO_TAPS, replay: int = 0,
+        teacher_taps: Taps = NO_TAPS, replay: int = 0, task: Task = CLASSIFICATION,
     ) -> None:  # fmt: skip
         self.x, self.y, self.progress, self.student, self.replay = x, y, progress, student, replay
+        self.task = task
         self._teacher, self._ask_teacher, self._index = teacher, ask_teacher, index
         self._student_taps, self._teacher_taps = student_taps, teacher_taps
         self.recorded: dict[str, Tensor] = {}
@@ -61,9 +67,13 @@ class Step:
         assert self._index is not None, "the training loop knows which samples it takes"
         return self._index
 
+    def label_loss(self) -> Tensor:
+        """What the task minimises without a teacher, on these labels: a scalar."""
+        return self.task.loss(self.student_logits, self.y)
+
     @property
     def student_logits(self) -> Tensor:
-        """float32 [B, K], with gradient."""
+        """float32 [B, K], with gradient; or whatever the task has for answers."""
         return self._student_outputs[0]
 
     @property
@@ -111,12 +121,14 @@ class Step:
 class Method(nn.Module):
     """A distillation method: options as keyword-only parameters of `__init__`, losses in `forward`.
 
+    tasks: the names of those that it can learn; None for any.
     student_taps, teacher_taps: set by `attach` where features are needed; the steps then have them.
     needs_images: whether it learns from the data's images; without, the student is not asked about them.
     uses_all_parameters: whether every step gives a gradient to all that the method owns.
     replays: how many steps in a row take the same batch. An epoch has as many steps as ever, on fewer samples.
     """
 
+    tasks: tuple[str, ...] | None = ("classification",)
     needs_teacher: bool = True
     needs_images: bool = True
     uses_all_parameters: bool = True

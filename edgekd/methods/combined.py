@@ -41,6 +41,8 @@ class _Several(Method):
                 fix="--set 'distill.methods=[kd]'",
                 key="distill.methods",
             )
+        known = [part.tasks for _, part in self.named_parts() if part.tasks is not None]
+        self.tasks = tuple(task for task in known[0] if all(task in own for own in known)) if known else None
         self.needs_teacher = any(part.needs_teacher for _, part in self.named_parts())
         self.needs_images = any(part.needs_images for _, part in self.named_parts())
         self.uses_all_parameters = all(part.uses_all_parameters for _, part in self.named_parts())

@@ -11,11 +11,12 @@ from edgekd.registry import register
 
 @register("method", "scratch")
 class Scratch(Method):
-    """Cross-entropy with the labels alone, without a teacher.
+    """What the task minimises on the labels alone, without a teacher; for classes, cross-entropy.
 
     label_smoothing: share of the target spread evenly over the classes (Szegedy et al., CVPR 2016).
     """
 
+    tasks = None
     needs_teacher = False
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
@@ -23,5 +24,7 @@ class Scratch(Method):
         self.label_smoothing = label_smoothing
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        """{ce: scalar}."""
+        """{ce: scalar}; {task: scalar} where there are no classes to name."""
+        if step.task.name != "classification":
+            return {"task": step.label_loss()}
         return {"ce": F.cross_entropy(step.student_logits, step.y, label_smoothing=self.label_smoothing)}

@@ -28,8 +28,12 @@ def build(
     num_classes: int,
     activation: tuple[str, Mapping[str, Any]],
     seed: int,
+    *,
+    maps: tuple[int, ...] = (),
 ) -> nn.Module:
     """Build a network that maps float32 [B,C,H,W] to logits [B,K], on the CPU, in training mode.
+
+    maps: [H,W] where every pixel has answers of its own: the logits are [B,K,H,W] then.
 
     `name` is a registered network, `timm:NAME`, `torchvision:NAME` or `module:callable`. The activation `relu` leaves
     the network as its authors built it: ReLU in all of edgekd's own but mobilenet_v2, which has ReLU6; any other one
@@ -44,7 +48,7 @@ def build(
         else:
             network = registry.create("network", name, shape, num_classes, options=options, where="network")
         network.float().train()
-        _check_logits(name, network, shape, num_classes)
+        _check_logits(name, network, shape, (num_classes, *maps))
         if activation[0] != "relu":
             report = swap_activations(network, *activation, example_of(network, shape))
             if not report.swapped:
@@ -53,14 +57,15 @@ def build(
                     allowed="; ".join(f"{path}: {why}" for path, why in report.left.items()) or "it has none at all",
                     fix='use activation "relu", which leaves the network as it is',
                 )
-            _check_logits(name, network, shape, num_classes)
+            _check_logits(name, network, shape, (num_classes, *maps))
             for path, why in report.left.items():
                 _log.warning("network %s keeps its own activation %s: %s", name, path, why)
     return network
 
 
-def _check_logits(name: str, network: nn.Module, shape: Shape, num_classes: int) -> None:
-    """Raise RecipeError unless a batch of two images gives logits [2,K]."""
+def _check_logits(name: str, network: nn.Module, shape: Shape, outputs: tuple[int, ...]) -> None:
+    """Raise RecipeError unless a batch of two images gives [2,*outputs]."""
+    wanted = ",".join(map(str, outputs))
     example = example_of(network, shape)
     size = f"{shape.channels}x{shape.height}x{shape.width}"
     try:
@@ -70,13 +75,20 @@ def _check_logits(name: str, network: nn.Module, shape: Shape, num_classes: int)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RecipeError(
             f'network "{name}" fails on images of {size}: {reason}',
-            allowed=f"needed: float32 [B,{size.replace('x', ',')}] in, logits [B,{num_classes}] out",
+            allowed=f"needed: float32 [B,{size.replace('x', ',')}] in, logits [B,{wanted}] out",
             fix="use a network, or options of this one, for images of this size",
         ) from error
-    if not isinstance(logits, Tensor) or logits.shape != (len(example), num_classes):
+    if not isinstance(logits, Tensor) or logits.shape != (len(example), *outputs):
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise RecipeError(
             f'network "{name}" gives {found} for 2 images of {size}',
-            allowed=f"needed: logits, a tensor [2, {num_classes}]: one row for each image, one column for each class",
-            fix="make its forward return the logits alone, with num_classes columns",
+            allowed=f"needed: logits, a tensor {[2, *outputs]}: "
+            + (
+                "an answer for every pixel, as edgekd's unet gives"
+                if len(outputs) > 1
+                else "one row for each image, one column for each class"
+            ),
+            fix="make its forward return the logits alone, with num_classes columns"
+            if len(outputs) == 1
+            else "use a network that keeps the size of the image",
         )

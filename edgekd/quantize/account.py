@@ -18,6 +18,7 @@ from edgekd.quantize.dialects import onnxruntime_from_int8
 from edgekd.quantize.graph import Graph, Layer
 from edgekd.quantize.placement import DEQUANTIZED, float_from_int8, weight_scales
 from edgekd.quantize.ptq import decibel
+from edgekd.tasks import Task
 
 Array = npt.NDArray[Any]
 Row = dict[str, Any]
@@ -174,18 +175,13 @@ def _suggestion(row: Row, before: Row | None) -> str:
     return ""
 
 
-def classes(labels: Array, expected: Array, found: Array, names: Sequence[str]) -> list[Row]:
-    """Per class: class, n, float_top1, top1, change; from labels [N] and the logits [N, K] of both models."""
-    rows = []
-    for index, name in enumerate(names):
-        of_class = labels == index
-        n = int(of_class.sum())
-        before, after = (
-            float((logits[of_class].argmax(1) == index).mean()) if n else None for logits in (expected, found)
-        )
-        change = after - before if before is not None and after is not None else None
-        rows.append({"class": name, "n": n, "float_top1": before, "top1": after, "change": change})
-    return rows
+def classes(task: Task, labels: Array, expected: Array, found: Array, names: Sequence[str]) -> list[Row]:
+    """Per class: class, n, float_score, score, change; from labels [N, ...] and the answers of both models."""
+    before, after = (task.by_class(outputs, labels, tuple(names)) for outputs in (expected, found))
+    return [
+        {"class": name, "n": n, "float_score": old, "score": new, "change": None if new is None else new - (old or 0.0)}
+        for name, (n, old), (_, new) in zip(names, before, after, strict=False)
+    ]
 
 
 def lma(graph: Graph, curves: Sequence[Row], scales: Mapping[str, float], images: Array) -> list[Row]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from edgekd.quantize import ptq, sessions
 from edgekd.quantize.calibration import Method
 from edgekd.quantize.graph import load
+from edgekd.tasks import Judge
 
 Array = npt.NDArray[Any]
 
@@ -22,7 +23,7 @@ def study(
     model: Path,
     drawn: Callable[[int, int], Array],
     images: Array,
-    labels: Array,
+    judge: Judge,
     *,
     method: Method,
     percentile: float,
@@ -33,7 +34,7 @@ def study(
     """Quantize a float model with calibration sets of several sizes and seeds.
 
     drawn: (size, seed) -> calibration images, float32 [N, C, H, W]; a set that turns out smaller than asked for is the
-    last size. images, labels: the validation split. Returns rows {images, seed, top1, logits_sqnr_db}.
+    last size. images: the validation split, with its judge. Returns rows {images, seed, score, logits_sqnr_db}.
     """
     expected = sessions.logits(load(model).model, images)
     rows: list[dict[str, Any]] = []
@@ -43,7 +44,7 @@ def study(
             calibration = drawn(size, seed)
             found = sessions.logits(ptq.prepare(model, calibration).quantized(method, percentile), images)
             rows.append({
-                "images": len(calibration), "seed": seed, "top1": ptq.top1(found, labels),
+                "images": len(calibration), "seed": seed, "score": judge.score(found),
                 "logits_sqnr_db": ptq.sqnr_db(expected, found),
             })  # fmt: skip
         if rows[-1]["images"] < size:

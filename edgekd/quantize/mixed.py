@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from edgekd.quantize import dialects, sessions
 from edgekd.quantize.calibration import Method
-from edgekd.quantize.ptq import Prepared, sqnr_db, top1
+from edgekd.quantize.ptq import Prepared, sqnr_db
+from edgekd.tasks import Judge
 
 Array = npt.NDArray[Any]
 Progress = Callable[[float, str], None]
@@ -24,8 +25,8 @@ SENSITIVITY_IMAGES = 128
 class Search:
     """A search for the fewest layers in float, which keeps the best of what it has seen.
 
-    evaluate: accuracy with these layers in float. ranked: all layers, the one that loses most first. target: the
-    accuracy to keep. seconds: when to stop.
+    evaluate: how good it is with these layers in float, more is better. ranked: all layers, the one that loses most
+    first. target: what to keep of that. seconds: when to stop.
     """
 
     evaluate: Callable[[Collection[str]], float]
@@ -40,14 +41,15 @@ class Search:
         """First how many of the ranked layers are needed, by halving; then which of these can go back to INT8.
 
         Returns:
-            keep_float, top1, met (the target is met), out_of_time, tried: a row {keep_float: how many, top1} each.
+            keep_float, score, met (the target is met), out_of_time, tried: a row {keep_float: how many, score} each.
         """
         self._start = time.monotonic()
         complete = self._search()
         best = self.best()
         return {
-            "keep_float": sorted(best), "top1": self.tried[best], "met": self._meets(best), "out_of_time": not complete,
-            "tried": [{"keep_float": len(kept), "top1": accuracy} for kept, accuracy in self.tried.items()],
+            "keep_float": sorted(best), "score": self.tried[best], "met": self._meets(best),
+            "out_of_time": not complete,
+            "tried": [{"keep_float": len(kept), "score": accuracy} for kept, accuracy in self.tried.items()],
         }  # fmt: skip
 
     def best(self) -> frozenset[str]:
@@ -96,7 +98,7 @@ class Search:
 def search(
     prepared: Prepared,
     images: Array,
-    labels: Array,
+    judge: Judge,
     *,
     method: Method,
     percentile: float,
@@ -105,26 +107,29 @@ def search(
     keep_float: Collection[str] = (),
     on_progress: Progress = lambda share, text: None,
 ) -> dict[str, Any]:
-    """Find the layers to keep in float so that top-1 is `target`, from 0 to 1, or that of the float model if less.
+    """Find the layers to keep in float so that the score is `target`, or that of the float model if that is worse.
 
-    images, labels: a validation set, float32 [N, C, H, W] and int64 [N]. keep_float: layers that are in float in any
-    case. At most a tenth of the time goes into ranking the layers. Returns what `Search.run` does, with `float_top1`
+    images: a validation set, float32 [N, C, H, W], with its judge. keep_float: layers that are in float in any case.
+    At most a tenth of the time goes into ranking the layers. Returns what `Search.run` does, with `float_score`
     and `sensitivity_db` {layer: SQNR of the logits with this layer alone in INT8}.
     """
     sessions.check_images(prepared.graph, images, "validation")
-    float_top1 = top1(sessions.logits(prepared.graph.model, images), labels)
+    float_score = judge.score(sessions.logits(prepared.graph.model, images))
 
     def evaluate(kept: Collection[str]) -> float:
         deployed = dialects.onnxruntime_from_int8(prepared.quantized(method, percentile, {*kept, *keep_float}))
-        return top1(sessions.logits(deployed, images), labels)
+        return judge.goodness(judge.score(sessions.logits(deployed, images)))
 
     few = images[:SENSITIVITY_IMAGES]
     found = sensitivity(prepared, few, method=method, percentile=percentile, seconds=seconds / 10)
     open_ = (layer.name for layer in prepared.graph.layers if layer.name not in keep_float)
     ranked = sorted(open_, key=lambda name: found.get(name, np.inf))
-    result = Search(evaluate, ranked, min(target, float_top1), seconds, on_progress).run()
+    least = min(judge.goodness(target), judge.goodness(float_score))
+    result = Search(evaluate, ranked, least, seconds, on_progress).run()
+    for row in (result, *result["tried"]):
+        row["score"] = judge.goodness(row["score"])
     result["keep_float"] = sorted({*result["keep_float"], *keep_float})
-    return result | {"float_top1": float_top1, "sensitivity_db": found}
+    return result | {"float_score": float_score, "sensitivity_db": found}
 
 
 def sensitivity(

@@ -48,7 +48,7 @@ class PTQ(ModelQuantizer):
         keep_float, found = self.keep_float, None
         if self.auto_mixed and samples.target is not None:
             found = mixed.search(
-                prepared, samples.images, samples.labels, method=method, percentile=percentile, target=samples.target,
+                prepared, samples.images, samples.judge, method=method, percentile=percentile, target=samples.target,
                 seconds=60 * self.search_minutes, keep_float=keep_float, on_progress=samples.on_progress,
             )  # fmt: skip
             keep_float = found["keep_float"]
@@ -65,6 +65,6 @@ class PTQ(ModelQuantizer):
         from edgekd.quantize import ptq
 
         chosen = ptq.choose(
-            prepared, samples.images, samples.labels, keep_float=self.keep_float, on_progress=samples.on_progress
+            prepared, samples.images, samples.judge, keep_float=self.keep_float, on_progress=samples.on_progress
         )
         return chosen["method"], chosen["percentile"] or 100.0, chosen

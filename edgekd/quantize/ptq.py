@@ -16,6 +16,7 @@ from edgekd.quantize import calibration, dialects, sessions
 from edgekd.quantize.calibration import Method, Ranges
 from edgekd.quantize.graph import Graph, load
 from edgekd.quantize.placement import pairs, quantized, sources
+from edgekd.tasks import Judge
 
 Array = npt.NDArray[Any]
 METHODS: tuple[Method, ...] = ("minmax", "entropy", "percentile")
@@ -115,39 +116,34 @@ def prepare(model: Path, images: Array) -> Prepared:
 def choose(
     prepared: Prepared,
     images: Array,
-    labels: Array,
+    judge: Judge,
     *,
     candidates: Sequence[tuple[Method, float]] = CANDIDATES,
     keep_float: Collection[str] = (),
     on_progress: Progress = lambda share, text: None,
 ) -> dict[str, Any]:
-    """The way of choosing ranges that keeps most accuracy, as ONNX Runtime computes it in integers.
+    """The way of choosing ranges that keeps most of the score, as ONNX Runtime computes it in integers.
 
-    images, labels: a validation set, float32 [N, C, H, W] and int64 [N]; never the test set. Equal accuracies are
-    told apart by the error of the logits.
+    images: a validation set, float32 [N, C, H, W], with its judge; never the test set. Equal scores are told
+    apart by the error of the logits.
 
     Returns:
-        method, percentile, top1, float_top1, n, tried: a row {method, percentile, top1, logits_sqnr_db} each.
+        method, percentile, score, float_score, n, tried: a row {method, percentile, score, logits_sqnr_db} each.
     """
     sessions.check_images(prepared.graph, images, "validation")
     expected = sessions.logits(prepared.graph.model, images)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for done, (method, percentile) in enumerate(candidates):
         on_progress(done / len(candidates), f"trying {method}" + f" {percentile:g}" * (method == "percentile"))
         deployed = dialects.onnxruntime_from_int8(prepared.quantized(method, percentile, keep_float))
         found = sessions.logits(deployed, images)
         rows.append({
-            "method": method, "percentile": percentile if method == "percentile" else None, "top1": top1(found, labels),
+            "method": method, "percentile": percentile if method == "percentile" else None, "score": judge.score(found),
             "logits_sqnr_db": sqnr_db(expected, found),
         })  # fmt: skip
-    best = max(rows, key=lambda row: (row["top1"], row["logits_sqnr_db"]))
-    chosen = {name: best[name] for name in ("method", "percentile", "top1")}
-    return {**chosen, "float_top1": top1(expected, labels), "n": len(labels), "tried": rows}
-
-
-def top1(logits: Array, labels: Array) -> float:
-    """Share of samples whose largest logit is that of their class: [N, K], [N]."""
-    return float((logits.argmax(1) == labels).mean())
+    best = max(rows, key=lambda row: (judge.goodness(row["score"]), row["logits_sqnr_db"]))
+    chosen = {name: best[name] for name in ("method", "percentile", "score")}
+    return {**chosen, "float_score": judge.score(expected), "n": len(images), "tried": rows}
 
 
 def sqnr_db(expected: Array, found: Array) -> float:

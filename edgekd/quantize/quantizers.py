@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy.typing as npt
 
 from edgekd.errors import MissingError
+from edgekd.tasks import Judge
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,13 +49,13 @@ class Quantizer(ABC):
 class Samples:
     """What a quantizer may look at, never the test split.
 
-    calibration: float32 [N, C, H, W], normalised. images, labels: the validation split, float32 [M, C, H, W] and
-    int64 [M]. target: the accuracy on it that the budget asks for, from 0 to 1; None without a budget.
+    calibration: float32 [N, C, H, W], normalised. images: the validation split, float32 [M, C, H, W], with
+    its judge. target: the score on it that the budget asks for; None without a budget.
     """
 
     calibration: Array
     images: Array
-    labels: Array
+    judge: Judge
     target: float | None = None
     on_progress: Callable[[float, str], None] = lambda share, text: None
 

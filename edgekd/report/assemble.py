@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgekd import stats
+from edgekd import registry, stats, tasks
 from edgekd.artifact import Artifact
 from edgekd.bench.latencies import DURATION, START, of_batch
 from edgekd.report.document import (
@@ -32,10 +33,11 @@ from edgekd.report.document import (
     Training,
     Verdict,
 )  # fmt: skip
-from edgekd.report.part import Absent, AccuracyChange
+from edgekd.report.part import Absent, AccuracyChange, Metric
 from edgekd.report.quantization import Quantization
+from edgekd.tasks import Task
 
-Logits = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 Artifacts = Mapping[str, Artifact]
 NOT_BENCHED = Absent(reason="Not measured yet: edgekd bench.")
 NOT_ASKED_FOR = "The recipe asks for no quantization."
@@ -54,22 +56,25 @@ SOURCES: dict[Rung, str] = {
 def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Document:
     """The report of a run: `record` is its run.json; `artifacts` by stage, as many as there are yet."""
     bench = artifacts.get("bench")
-    ladder = [_row(rung, record, artifacts) for rung in RUNGS]
+    task = _task(artifacts)
+    ladder = [_row(task, rung, record, artifacts) for rung in RUNGS]
     return Document(
         run_id=record["run_id"],
         created=record["created"],
         command=record["command"],
         recipe=record["recipe"],
         target=record["target"],
-        verdict=_verdict(record, ladder, artifacts),
+        metric=Metric.model_validate(asdict(task.metric)),
+        agree=task.agree,
+        verdict=_verdict(task, record, ladder, artifacts),
         ladder=ladder,
         attack=_attack(record, artifacts, ladder),
         latency=_latencies(bench),
         mode=bench.result["mode"] if bench else NOT_BENCHED,
         training=_training(artifacts),
-        confusion=_confusion(artifacts),
+        confusion=_confusion(task, artifacts),
         activation=_activation(artifacts),
-        quantization=_quantization(record, artifacts),
+        quantization=_quantization(task, record, artifacts),
         telemetry=_telemetry(bench),
         environment=_environment(artifacts),
         artifacts=[_listed(stage, artifact) for stage, artifact in artifacts.items()],
@@ -77,7 +82,7 @@ def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Docume
     )
 
 
-def _row(rung: Rung, record: Mapping[str, Any], artifacts: Artifacts) -> LadderRow:
+def _row(task: Task, rung: Rung, record: Mapping[str, Any], artifacts: Artifacts) -> LadderRow:
     artifact = artifacts.get(SOURCES[rung])
     if artifact is None:
         return LadderRow(rung=rung, reason=_why_not(rung, record["recipe"]))
@@ -85,18 +90,18 @@ def _row(rung: Rung, record: Mapping[str, Any], artifacts: Artifacts) -> LadderR
     if rung == "device":
         found, size = result["accuracy"]["student"], artifacts["engine-student"].result.get("size_bytes")
     elif rung == "quantized":
-        found, size = result["accuracy"], result["size"]["bytes"]
+        found, size = result, result["size"]["bytes"]
     else:
         found, size = result, result.get("size_bytes")
-    if "top1" not in found:
+    if "score" not in found:
         return LadderRow(rung=rung, reason="built on the device; see the row below", size_bytes=size)
     network = artifacts.get("scratch" if rung == "scratch" else "teacher" if rung == "teacher" else "student")
     return LadderRow(
         rung=rung,
-        top1=found["top1"],
+        score=found["score"],
         n=found["n"],
-        ci95=_wilson(found["top1"], found["n"]),
-        agreement_with_teacher=_agreement(artifact, artifacts.get("teacher")),
+        ci95=found["ci95"],
+        agreement_with_teacher=_agreement(task, artifact, artifacts.get("teacher")),
         size_bytes=size,
         params=network.result["params"] if network else None,
         macs=network.result["macs"] if network else None,
@@ -114,47 +119,47 @@ def _quantizes(recipe: Mapping[str, Any]) -> bool:
     return bool(recipe.get("quantize", {"method": "none"})["method"] != "none")
 
 
-def _wilson(top1: float, n: int) -> stats.Interval:
-    return stats.wilson(round(top1 * n), n)
+def _task(artifacts: Artifacts) -> Task:
+    """What the networks of a run were asked for; classification where there is none yet."""
+    choices = [one.result["task"] for one in artifacts.values() if "task" in one.result]
+    choice: dict[str, dict[str, Any]] = choices[0] if choices else {"classification": {}}
+    ((name, options),) = choice.items()
+    task: Task = registry.create("task", name, options=options)
+    return task
 
 
-def _predictions(artifact: Artifact) -> npt.NDArray[np.int64]:
+def _answers(artifact: Artifact) -> Array:
     name = "student_logits.npy" if artifact.stage == "bench" else "test_logits.npy"
-    logits: Logits = np.load(artifact.file(name), allow_pickle=False)
-    return np.asarray(logits.argmax(1))
+    answers: Array = np.load(artifact.file(name), allow_pickle=False)
+    return answers
 
 
-def _agreement(artifact: Artifact, teacher: Artifact | None) -> float | None:
+def _agreement(task: Task, artifact: Artifact, teacher: Artifact | None) -> float | None:
     if teacher is None:
         return None
-    own, teachers = _predictions(artifact), _predictions(teacher)
-    return float((own == teachers[: len(own)]).mean())
+    own = _answers(artifact)
+    return task.agreement(own, _answers(teacher)[: len(own)])
 
 
-def _correct(artifact: Artifact, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    return np.asarray(_predictions(artifact) == labels)
-
-
-def _labels(artifact: Artifact) -> npt.NDArray[np.int64]:
-    labels: npt.NDArray[np.int64] = np.load(artifact.file("test_labels.npy"), allow_pickle=False)
+def _labels(artifact: Artifact) -> Array:
+    labels: Array = np.load(artifact.file("test_labels.npy"), allow_pickle=False)
     return labels
 
 
-def _change(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> AccuracyChange:
-    """From what each of two models gets right, bool [N]."""
-    value, interval = stats.paired_difference(first, second)
-    p_value = stats.mcnemar_p(int((first & ~second).sum()), int((second & ~first).sum()))
-    return AccuracyChange(value=value, ci95=interval, p_value=p_value)
+def _change(task: Task, labels: Array, first: Artifact, second: Artifact) -> AccuracyChange:
+    """From one model's answers to those of another, on the same samples."""
+    before, after = (task.quality(_answers(artifact), labels) for artifact in (first, second))
+    return AccuracyChange.model_validate(tasks.change(before, after))
 
 
-def _verdict(record: Mapping[str, Any], ladder: list[LadderRow], artifacts: Artifacts) -> Verdict:
+def _verdict(task: Task, record: Mapping[str, Any], ladder: list[LadderRow], artifacts: Artifacts) -> Verdict:
     limits = record["recipe"]["budgets"]
     if "bench" not in artifacts:
-        change = _change_so_far(ladder, artifacts)
+        change = _change_so_far(task, ladder, artifacts)
         return Verdict(
             status="NOT_MEASURED",
             reasons=["nothing was measured on a device: edgekd bench"],
-            budgets=_budgets(limits, ladder, change, None),
+            budgets=_budgets(task, limits, ladder, change, None),
             speedup=NOT_BENCHED,
             accuracy_change=change,
         )
@@ -163,23 +168,23 @@ def _verdict(record: Mapping[str, Any], ladder: list[LadderRow], artifacts: Arti
     return Verdict(
         status=found["status"],
         reasons=found["reasons"],
-        budgets=_budgets(limits, ladder, change, found),
+        budgets=_budgets(task, limits, ladder, change, found),
         speedup=Speedup(**found["speedup"], by_launch=found["speedup_by_launch"]),
         accuracy_change=change,
     )
 
 
-def _change_so_far(ladder: list[LadderRow], artifacts: Artifacts) -> AccuracyChange | Absent:
+def _change_so_far(task: Task, ladder: list[LadderRow], artifacts: Artifacts) -> AccuracyChange | Absent:
     """Of the last model on the way to the device that was measured here."""
-    last = [row.rung for row in ladder if row.top1 is not None][-1:]
+    last = [row.rung for row in ladder if row.score is not None][-1:]
     if "teacher" not in artifacts or not last or last[0] in ("teacher", "scratch"):
         return Absent(reason="There are no teacher and student yet to compare.")
-    labels = _labels(artifacts["teacher"])
-    first, second = (_correct(artifact, labels) for artifact in (artifacts["teacher"], artifacts[SOURCES[last[0]]]))
-    return _change(first, second)
+    teacher = artifacts["teacher"]
+    return _change(task, _labels(teacher), teacher, artifacts[SOURCES[last[0]]])
 
 
 def _budgets(
+    task: Task,
     limits: Mapping[str, float | None],
     ladder: list[LadderRow],
     change: AccuracyChange | Absent,
@@ -188,7 +193,7 @@ def _budgets(
     """Each limit that the recipe sets, against the value measured on the device, or the last one known so far."""
     sizes = [row.size_bytes for row in ladder if row.rung not in ("teacher", "scratch") and row.size_bytes]
     values: dict[str, float | None] = {
-        "accuracy_drop": None if isinstance(change, Absent) else -change.value,
+        "accuracy_drop": None if isinstance(change, Absent) else -task.metric.goodness(change.value),
         "p99_ms": found["latency"]["student"]["p99_ms"] if found else None,
         "size_bytes": sizes[-1] if sizes else None,
         "speedup": found["speedup"]["value"] if found else None,
@@ -208,18 +213,18 @@ def _attack(record: Mapping[str, Any], artifacts: Artifacts, ladder: list[Ladder
         return Absent(reason="The recipe asks for no attack.")
     if "attack" not in artifacts:
         return Absent(reason="Not attacked yet: edgekd distill.")
-    result, clean = artifacts["attack"].result, {str(row.rung): row.top1 for row in ladder}
+    result, clean = artifacts["attack"].result, {str(row.rung): row.score for row in ladder}
     found = result["networks"]
     networks = [
         {"network": name, "top1": clean[name], **found[name]}
-        | {"robust_ci95": _wilson(found[name]["robust_top1"], found[name]["n"])}
+        | {"robust_ci95": stats.wilson(round(found[name]["robust_top1"] * found[name]["n"]), found[name]["n"])}
         for name in NETWORKS
         if name in found
     ]
     return Attack.model_validate({**result, "networks": networks})
 
 
-def _quantization(record: Mapping[str, Any], artifacts: Artifacts) -> Quantization | Absent:
+def _quantization(task: Task, record: Mapping[str, Any], artifacts: Artifacts) -> Quantization | Absent:
     if not _quantizes(record["recipe"]):
         return Absent(reason=NOT_ASKED_FOR)
     if "quantize" not in artifacts:
@@ -228,9 +233,9 @@ def _quantization(record: Mapping[str, Any], artifacts: Artifacts) -> Quantizati
     result, labels = artifact.result, _labels(artifact)
     found = result["accuracy"]
     accuracy = found | {
-        "float_ci95": _wilson(found["float_top1"], found["n"]),
-        "ci95": _wilson(found["top1"], found["n"]),
-        "change": _change(_correct(artifacts["onnx-student"], labels), _correct(artifact, labels)),
+        "float_ci95": artifacts["onnx-student"].result["ci95"],
+        "ci95": result["ci95"],
+        "change": _change(task, labels, artifacts["onnx-student"], artifact),
     }
     fields = {name: result[name] for name in Quantization.model_fields}
     return Quantization.model_validate(fields | {"accuracy": accuracy})
@@ -275,7 +280,9 @@ def _training(artifacts: Artifacts) -> dict[Network, Training | Absent]:
     return curves
 
 
-def _confusion(artifacts: Artifacts) -> Confusion | Absent:
+def _confusion(task: Task, artifacts: Artifacts) -> Confusion | Absent:
+    if task.name != "classification":
+        return Absent(reason=f"The task is {task.name}: no class is named that could be confused with another.")
     student = artifacts.get("bench", artifacts.get("student"))
     if student is None:
         return Absent(reason="There is no student yet.")
@@ -283,15 +290,13 @@ def _confusion(artifacts: Artifacts) -> Confusion | Absent:
     teacher = artifacts.get("teacher")
     return Confusion(
         classes=classes,
-        student=_counts(_predictions(student), student, len(classes)),
-        teacher=_counts(_predictions(teacher), teacher, len(classes))
-        if teacher
-        else Absent(reason="There is no teacher."),
+        student=_counts(student, len(classes)),
+        teacher=_counts(teacher, len(classes)) if teacher else Absent(reason="There is no teacher."),
     )
 
 
-def _counts(predictions: npt.NDArray[np.int64], artifact: Artifact, k: int) -> list[list[int]]:
-    labels = _labels(artifact)
+def _counts(artifact: Artifact, k: int) -> list[list[int]]:
+    labels, predictions = _labels(artifact), _answers(artifact).argmax(1)
     return np.bincount(labels * k + predictions, minlength=k * k).reshape(k, k).tolist()
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from edgekd.errors import StoreError
 from edgekd.report.measuring import Mode
-from edgekd.report.part import Absent, AccuracyChange, Count, Part, Positive, Ratio, Span
+from edgekd.report.part import AGREE, Absent, AccuracyChange, Count, Metric, Part, Positive, Ratio, Span
 from edgekd.report.quantization import Quantization
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -83,12 +83,12 @@ class Verdict(Part):
 
 
 class LadderRow(Part):
-    """Accuracy at one step from the teacher to the device; either `top1` with `n` and `ci95`, or a `reason`."""
+    """The score at one step from the teacher to the device; either `score` with `n` and `ci95`, or a `reason`."""
 
     rung: Rung
-    top1: Ratio | None = None
+    score: float | None = None
     n: Count | None = None
-    ci95: tuple[Ratio, Ratio] | None = None
+    ci95: Span | None = None
     agreement_with_teacher: Ratio | None = None
     size_bytes: Count | None = None
     params: Count | None = None
@@ -97,11 +97,11 @@ class LadderRow(Part):
 
     @model_validator(mode="after")
     def _measured_or_explained(self) -> Self:
-        measured = [self.top1 is not None, self.n is not None, self.ci95 is not None]
+        measured = [self.score is not None, self.n is not None, self.ci95 is not None]
         if any(measured) != all(measured):
-            raise ValueError(f"rung {self.rung}: top1, n and ci95 go together")
+            raise ValueError(f"rung {self.rung}: score, n and ci95 go together")
         if all(measured) == bool(self.reason):
-            raise ValueError(f"rung {self.rung}: give either top1, n and ci95, or a reason")
+            raise ValueError(f"rung {self.rung}: give either score, n and ci95, or a reason")
         return self
 
 
@@ -185,12 +185,12 @@ class Latencies(Part):
 
 
 class Epoch(Part):
-    """One pass over the training set; `val_accuracy` on the validation split."""
+    """One pass over the training set; `val_score` on the validation split."""
 
     epoch: Count
     train_loss: float
-    train_accuracy: Ratio | None = None
-    val_accuracy: Ratio | None = None
+    train_score: float | None = None
+    val_score: float | None = None
     lr: float
     seconds: float = Field(ge=0)
 
@@ -291,6 +291,8 @@ class Document(Part):
     command: str
     recipe: dict[str, Any]
     target: dict[str, Any]
+    metric: Metric = Metric()
+    agree: str = AGREE
     verdict: Verdict
     ladder: list[LadderRow]
     attack: Attack | Absent = NOT_RECORDED
@@ -304,6 +306,13 @@ class Document(Part):
     environment: dict[str, Any] = Field({})
     artifacts: list[StageArtifact] = Field([])
     notes: list[str] = Field([])
+
+    @model_validator(mode="after")
+    def _shares_are_shares(self) -> Self:
+        for row in self.ladder:
+            if self.metric.share and row.score is not None and not 0 <= row.score <= 1:
+                raise ValueError(f"rung {row.rung}: a {self.metric.label} of {row.score} is no share from 0 to 1")
+        return self
 
     @property
     def target_name(self) -> str:

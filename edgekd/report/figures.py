@@ -12,7 +12,7 @@ from matplotlib.path import Path
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from edgekd.report.document import RUNGS, Activation, Confusion, Document, Latency, Training
-from edgekd.report.formatting import label, milliseconds, number, percent, points, prefix, quantity, times
+from edgekd.report.formatting import label, milliseconds, number, percent, prefix, quantity, times
 from edgekd.report.part import Absent
 from edgekd.report.svg import ROLES, blank, drawing, inline_svg_from_figure
 from edgekd.report.tables import RUNG_LABELS
@@ -54,8 +54,9 @@ class Drawn:
 
 
 def ladder(document: Document) -> Drawn | Absent:
-    """Top-1 with 95% interval at every rung, and the change from one rung to the next."""
-    if all(row.top1 is None for row in document.ladder):
+    """The score with 95% interval at every rung, and the change from one rung to the next."""
+    metric = document.metric
+    if all(row.score is None for row in document.ladder):
         return Absent(reason="No rung was measured, so there is nothing to draw.")
     with drawing("ladder"):
         figure = blank(WIDTH, 36 * len(RUNGS) + 26)
@@ -65,19 +66,19 @@ def ladder(document: Document) -> Drawn | Absent:
         trail: list[tuple[float, int]] = []
         for y, rung in enumerate(RUNGS):
             row = document.row(rung)
-            if row is None or row.top1 is None or row.ci95 is None:
+            if row is None or row.score is None or row.ci95 is None:
                 axes.text(1.06, y, "not measured", transform=axes.get_yaxis_transform(), va="center", c=ROLES["muted"])
                 continue
             colour = ROLES["teacher" if rung == "teacher" else "scratch" if rung == "scratch" else "student"]
             axes.plot(row.ci95, (y, y), color=colour, linewidth=2.5, alpha=0.55)
-            axes.plot(row.top1, y, "o", color=colour, markersize=7)
-            axes.text(1.06, y, percent(row.top1), transform=axes.get_yaxis_transform(), va="center")
+            axes.plot(row.score, y, "o", color=colour, markersize=7)
+            axes.text(1.06, y, metric.text(row.score), transform=axes.get_yaxis_transform(), va="center")
             if before is not None:
-                change = points(row.top1 - before).removesuffix(" points")
+                change = metric.bare(row.score - before)
                 axes.text(1.76, y, change, transform=axes.get_yaxis_transform(), va="center", ha="right")
             if rung != "scratch":
-                before = row.top1
-                trail.append((row.top1, y))
+                before = row.score
+                trail.append((row.score, y))
         if trail:
             axes.plot(*zip(*trail, strict=True), color=ROLES["muted"], linewidth=1, zorder=1)
         axes.set_ylim(len(RUNGS) - 0.5, -0.5)
@@ -85,14 +86,14 @@ def ladder(document: Document) -> Drawn | Absent:
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(PERCENT)
-        svg = inline_svg_from_figure(figure, "Top-1 accuracy at every rung with 95% intervals; see the table")
+        axes.xaxis.set_major_formatter(PERCENT if metric.share else PLAIN)
+        svg = inline_svg_from_figure(figure, f"{metric.title} at every rung with 95% intervals; see the table")
     caption = (
-        "Top-1 accuracy with 95% interval, and the change in points from the rung before "
+        f"{metric.title} with 95% interval, and the change from the rung before "
         "(for the student without a teacher: from the teacher)."
     )
     keys = (Key("teacher", "teacher"), Key("scratch", "student, no teacher"), Key("student", "student"))
-    return Drawn("Where accuracy went", caption, svg, keys)
+    return Drawn(f"Where {metric.noun} went", caption, svg, keys)
 
 
 def latency_distribution(models: dict[str, Latency]) -> Drawn:
@@ -257,14 +258,15 @@ def telemetry(document: Document) -> list[Drawn]:
 
 
 def training(document: Document) -> list[Drawn]:
-    """Loss and accuracy per epoch of every network that was trained in this run."""
+    """Loss and score per epoch of every network that was trained in this run."""
     runs = {name: run for name, run in document.training.items() if isinstance(run, Training)}
     if not runs:
         return []
+    noun = f"{document.metric.noun[:1].upper()}{document.metric.noun[1:]}"
     drawn = []
     for title, names, caption in (
         ("Training loss", ("train_loss",), "Mean over the epoch; with a teacher the loss is another one."),
-        ("Accuracy", ("val_accuracy", "train_accuracy"), "Strong: validation split. Faint, where known: training set."),
+        (noun, ("val_score", "train_score"), "Strong: validation split. Faint, where known: training set."),
     ):
         with drawing(title):
             figure = blank(WIDTH, 230)
@@ -273,7 +275,7 @@ def training(document: Document) -> list[Drawn]:
                 for field, alpha in zip(names, (1, 0.4), strict=False):
                     _plot_epochs(axes, run, field, ROLES[network], LINE_STYLES[network], alpha)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            axes.yaxis.set_major_formatter(PERCENT if title == "Accuracy" else PLAIN)
+            axes.yaxis.set_major_formatter(PERCENT if title == noun and document.metric.share else PLAIN)
             axes.set_xlabel("epoch")
             svg = inline_svg_from_figure(figure, f"{title} per epoch of {', '.join(runs)}")
         drawn.append(Drawn(title, caption, svg, _network_keys(runs)))

@@ -55,6 +55,11 @@ def points(change: float) -> str:
     return f"{'0.00' if text in ('+0.00', MINUS + '0.00') else text} points"
 
 
+def signed(difference: float) -> str:
+    """A difference with its sign: +0.421, −0.421, 0."""
+    return f"{'+' if difference > 0 else ''}{number(difference)}"
+
+
 def times(value: float) -> str:
     """A ratio of two quantities: 4.21x."""
     return f"{number(value)}x"

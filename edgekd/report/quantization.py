@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from edgekd.report.part import Absent, AccuracyChange, Count, Part, Positive, Ratio
+from edgekd.report.part import AGREE, Absent, AccuracyChange, Count, Metric, Part, Positive, Ratio, Span
 
 
 class CalibrationImages(Part):
@@ -24,32 +24,32 @@ class RangeTrial(Part):
 
     method: str
     percentile: float | None
-    top1: Ratio
+    score: float
     logits_sqnr_db: float
 
 
 class Ranges(Part):
     """The way of choosing ranges that was used. When the recipe named it, `tried` is empty and the rest is None.
 
-    `top1` and `float_top1` are those of the `n` validation samples.
+    `score` and `float_score` are those of the `n` validation samples.
     """
 
     method: str
     percentile: float | None
     tried: list[RangeTrial]
     n: Count | None = None
-    float_top1: Ratio | None = None
-    top1: Ratio | None = None
+    float_score: float | None = None
+    score: float | None = None
 
 
 class QuantizedAccuracy(Part):
-    """Top-1 of the float and the quantized model on the same `n` test samples, and the second minus the first."""
+    """The score of the float and the quantized model on the same `n` test samples, and the second minus the first."""
 
     n: int = Field(gt=0)
-    float_top1: Ratio
-    top1: Ratio
-    float_ci95: tuple[Ratio, Ratio]
-    ci95: tuple[Ratio, Ratio]
+    float_score: float
+    score: float
+    float_ci95: Span
+    ci95: Span
     change: AccuracyChange | Absent
 
 
@@ -89,34 +89,34 @@ class QuantizedLMA(Part):
 
 
 class QuantizedClass(Part):
-    """Recall of one class before and after, None for a class without test samples."""
+    """The score of one class before and after, None for a class without test samples."""
 
     name: str = Field(alias="class")
     n: Count
-    float_top1: Ratio | None
-    top1: Ratio | None
-    change: float | None = Field(ge=-1, le=1)
+    float_score: float | None
+    score: float | None
+    change: float | None
 
     @model_validator(mode="after")
     def _measured_with_samples(self) -> Self:
-        if {value is None for value in (self.float_top1, self.top1, self.change)} != {self.n == 0}:
-            raise ValueError(f"class {self.name}: accuracies and samples do not go together")
+        if {value is None for value in (self.float_score, self.score, self.change)} != {self.n == 0}:
+            raise ValueError(f"class {self.name}: scores and samples do not go together")
         return self
 
 
 class SearchTrial(Part):
-    """How many layers were in float, and the accuracy on the validation split."""
+    """How many layers were in float, and the score on the validation split."""
 
     keep_float: Count
-    top1: Ratio
+    score: float
 
 
 class FloatSearch(Part):
     """The search for layers to keep in float; `sensitivity_db`: SQNR of the logits with this layer alone rounded."""
 
     keep_float: list[str]
-    top1: Ratio
-    float_top1: Ratio
+    score: float
+    float_score: float
     met: bool
     out_of_time: bool
     tried: list[SearchTrial] = Field(min_length=1)
@@ -137,7 +137,7 @@ class Agreement(Part):
     """The deployed graph against the model that was trained with rounding; `max_difference` of a logit."""
 
     n: int = Field(gt=0)
-    top1_agreement: Ratio
+    agreement: Ratio
     max_difference: float = Field(ge=0)
 
 
@@ -146,6 +146,8 @@ class Quantization(Part):
 
     method: str
     precision: str
+    metric: Metric = Metric()
+    agree: str = AGREE
     options: dict[str, Any]
     calibration: CalibrationImages | None
     calibrate: Ranges | None

@@ -49,7 +49,7 @@ def layers(part: Quantization) -> Drawn:
 
 
 def classes(part: Quantization) -> Drawn:
-    """Change of recall of every class that changed most, the largest loss on top."""
+    """Change of the score of every class that changed most, the largest loss on top."""
     known = [(row.name, row.change) for row in part.classes if row.change is not None]
     largest = sorted(known, key=lambda pair: -abs(pair[1]))[:MAX_BARS]
     shown = sorted(largest, key=lambda pair: pair[1])
@@ -59,11 +59,16 @@ def classes(part: Quantization) -> Drawn:
         [change for _, change in shown],
         [points(change).removesuffix(" points") for _, change in shown],
         ["worse" if change < 0 else "better" for _, change in shown],
-        "change of recall, points",
+        f"change of {part.metric.of_class}, points",
     )
     subset = "" if len(shown) == len(known) else f" Shown: the {MAX_BARS} of {len(known)} that changed most."
     keys = (Key("worse", "worse than in float"), Key("better", "better than in float"))
-    return Drawn("Change by class", f"Recall after quantization minus before, on the test samples.{subset}", svg, keys)
+    return Drawn(
+        "Change by class",
+        f"After quantization minus before, {part.metric.of_class} on the test samples.{subset}",
+        svg,
+        keys,
+    )
 
 
 def _bars(

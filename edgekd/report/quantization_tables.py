@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from edgekd.report.formatting import DASH, decibels, flat, number, p_value, percent, points, size, times
-from edgekd.report.part import Absent
+from edgekd.report.formatting import DASH, decibels, flat, number, p_value, percent, size, times
+from edgekd.report.part import Absent, Metric
 from edgekd.report.passage import Passage
-from edgekd.report.quantization import CalibrationImages, FloatSearch, Quantization, QuantizedLayer, Ranges
+from edgekd.report.quantization import CalibrationImages, FloatSearch, Quantization, QuantizedLayer
 from edgekd.report.tables import SIGNIFICANT, Row, Table
 
 METHODS = {
@@ -31,9 +31,9 @@ def passages(part: Quantization) -> list[Passage]:
         Passage("cost", "What it cost", (), _cost(part)),
         Passage("warnings", "Warnings", tuple(part.warnings)),
         Passage("advice", "What to try", advice(part)),
-        Passage("ranges", "Calibration settings that were tried", (), _ranges(part.calibrate)),
+        Passage("ranges", "Calibration settings that were tried", (), _ranges(part)),
         Passage("layers", "Layer by layer", (), _layers(part)),
-        Passage("float", "Integers and float", _in_float(part), _search(part.search)),
+        Passage("float", "Integers and float", _in_float(part), _search(part.search, part.metric)),
         Passage("lma", "LMA under rounding", _lma_reading(part), _lma(part)),
         Passage("classes", "Class by class", _classes_reading(part), _classes(part)),
         Passage("findings", "What TensorRT takes ill", (), _findings(part)),
@@ -65,8 +65,8 @@ def _done(part: Quantization) -> tuple[str, ...]:
     if part.agreement:
         found = part.agreement
         sentences.append(
-            f"The deployed graph and the model that was trained with rounding predict the same class for "
-            f"{percent(found.top1_agreement)} of {found.n:,} test samples; their logits differ by at most "
+            f"The deployed graph and the model that was trained with rounding agree by {percent(found.agreement)} on "
+            f"{found.n:,} test samples ({part.agree}); their logits differ by at most "
             f"{number(found.max_difference)}."
         )
     return tuple(sentences)
@@ -94,48 +94,50 @@ def _cost(part: Quantization) -> Table:
     found, files = part.accuracy, part.size
     ratio = files.float_bytes / files.bytes
     smaller = f"{times(ratio)} smaller" if ratio >= 1 else f"{times(1 / ratio)} larger"
-    difference = points(found.top1 - found.float_top1)
+    metric = part.metric
+    difference = metric.change(found.score - found.float_score)
     rows = [
-        Row(("Top-1", percent(found.float_top1), percent(found.top1), difference), strong=True),
-        Row(("95% interval", _interval(found.float_ci95), _interval(found.ci95), _change_interval(part))),
+        Row((metric.title, metric.text(found.float_score), metric.text(found.score), difference), strong=True),
+        Row(("95% interval", metric.span(found.float_ci95), metric.span(found.ci95), _change_interval(part))),
         Row(("Model file", size(files.float_bytes), size(files.bytes), smaller)),
     ]
-    notes = [f"On the {found.n:,} test samples; intervals by Wilson, of the change by Newcombe."]
+    binary = not isinstance(found.change, Absent) and found.change.test == "McNemar"
+    how = "intervals by Wilson, of the change by Newcombe" if binary else "intervals by bootstrap"
+    notes = [f"On the {found.n:,} test samples; {how}."]
     if not isinstance(found.change, Absent):
         verdict = "a significant" if found.change.p_value < SIGNIFICANT else "no significant"
-        notes.append(f"{verdict.capitalize()} difference (McNemar {p_value(found.change.p_value)}).")
+        notes.append(f"{verdict.capitalize()} difference ({found.change.test} {p_value(found.change.p_value)}).")
     caption = "The same student before and after quantization"
     return Table(caption, ("Measure", "Float", "Quantized", "Change"), tuple(rows), tuple(notes))
-
-
-def _interval(ends: tuple[float, float]) -> str:
-    return f"{percent(ends[0]).removesuffix('%')} to {percent(ends[1])}"
 
 
 def _change_interval(part: Quantization) -> str:
     if isinstance(part.accuracy.change, Absent):
         return DASH
-    low, high = (points(end).removesuffix(" points") for end in part.accuracy.change.ci95)
-    return f"{low} to {high} points"
+    low, high = part.accuracy.change.ci95
+    return f"{part.metric.bare(low)} to {part.metric.change(high)}"
 
 
-def _ranges(used: Ranges | None) -> Table | None:
+def _ranges(part: Quantization) -> Table | None:
+    used, text = part.calibrate, part.metric.text
     if used is None or not used.tried:
         return None
     rows = [
         Row(
             (
                 _setting(trial.method, trial.percentile),
-                percent(trial.top1),
+                text(trial.score),
                 decibels(trial.logits_sqnr_db),
                 "used" if (trial.method, trial.percentile) == (used.method, used.percentile) else "",
             )
         )
         for trial in used.tried
     ]
-    in_float = "" if used.float_top1 is None else f"; in float {percent(used.float_top1)}"
+    in_float = "" if used.float_score is None else f"; in float {text(used.float_score)}"
     caption = f"Ways of choosing the ranges of activations, on the validation split{in_float}"
-    return Table(caption, ("Setting", "Top-1", "Logits, dB", "Choice"), tuple(rows), text_columns=frozenset({0, 3}))
+    return Table(
+        caption, ("Setting", part.metric.title, "Logits, dB", "Choice"), tuple(rows), text_columns=frozenset({0, 3})
+    )
 
 
 def _layers(part: Quantization) -> Table | None:
@@ -189,16 +191,17 @@ def _in_float(part: Quantization) -> tuple[str, ...]:
     elif part.precision == "int8" and part.layers:
         sentences.append("ONNX Runtime computes every rounded layer in integers.")
     if part.search:
-        sentences += _search_reading(part.search)
+        sentences += _search_reading(part.search, part.metric)
     return tuple(sentences)
 
 
-def _search_reading(found: FloatSearch) -> list[str]:
+def _search_reading(found: FloatSearch, metric: Metric) -> list[str]:
     reached = "met the budget" if found.met else "did not meet the budget"
     ended = "; its time ran out before every candidate was tried" if found.out_of_time else ""
+    score, in_float = metric.text(found.score), metric.text(found.float_score)
     sentences = [
-        f"The search for layers to keep in float {reached}: top-1 {percent(found.top1)} on the validation split with "
-        f"{len(found.keep_float)} of its layers in float, {percent(found.float_top1)} for the float model{ended}."
+        f"The search for layers to keep in float {reached}: {metric.label} {score} on the validation split with "
+        f"{len(found.keep_float)} of its layers in float, {in_float} for the float model{ended}."
     ]
     ranked = sorted(found.sensitivity_db.items(), key=lambda pair: pair[1])[:MOST_SENSITIVE]
     if ranked:
@@ -207,11 +210,11 @@ def _search_reading(found: FloatSearch) -> list[str]:
     return sentences
 
 
-def _search(found: FloatSearch | None) -> Table | None:
+def _search(found: FloatSearch | None, metric: Metric) -> Table | None:
     if found is None:
         return None
-    rows = [Row((str(trial.keep_float), percent(trial.top1))) for trial in found.tried]
-    columns = ("Layers in float", "Top-1, validation")
+    rows = [Row((str(trial.keep_float), metric.text(trial.score))) for trial in found.tried]
+    columns = ("Layers in float", f"{metric.label}, validation")
     return Table("What the search tried, in its order", columns, tuple(rows))
 
 
@@ -264,18 +267,16 @@ def _classes(part: Quantization) -> Table | None:
     changed = sorted((row for row in part.classes if row.change), key=lambda row: row.change or 0.0)
     if not changed:
         return None
+    text, change = part.metric.text, part.metric.change
     rows = [
-        Row((row.name, f"{row.n:,}", _share(row.float_top1), _share(row.top1), points(row.change or 0.0)))
+        Row((row.name, f"{row.n:,}", text(row.float_score or 0.0), text(row.score or 0.0), change(row.change or 0.0)))
         for row in changed[:CLASSES_SHOWN]
     ]
     left_out = len(changed) - len(rows)
     notes = (f"The other {left_out} classes that changed are in report.json.",) if left_out else ()
+    name = f"{part.metric.of_class[:1].upper()}{part.metric.of_class[1:]}"
     columns = ("Class", "Samples", "Float", "Quantized", "Change")
-    return Table("Recall of each class that changed, the largest loss first", columns, tuple(rows), notes)
-
-
-def _share(ratio: float | None) -> str:
-    return DASH if ratio is None else percent(ratio)
+    return Table(f"{name} of each class that changed, the largest loss first", columns, tuple(rows), notes)
 
 
 def _findings(part: Quantization) -> Table | None:

@@ -22,7 +22,7 @@ from edgekd.report.formatting import (
     size,
     times,
 )
-from edgekd.report.part import Absent
+from edgekd.report.part import Absent, Metric
 
 RUNG_LABELS = {
     "teacher": "Teacher",
@@ -76,9 +76,9 @@ def headline(document: Document) -> str:
     if isinstance(speedup, Absent) and isinstance(change, Absent):
         return f"Not compared with a teacher, on {document.target_name}"
     if isinstance(change, Absent):
-        accuracy = "accuracy not compared"
+        accuracy = f"{document.metric.noun} not compared"
     else:
-        accuracy = "equal accuracy" if points(change.value) == points(0) else f"{points(change.value)} of accuracy"
+        accuracy = _change_in_words(document.metric, change.value)
     if document.verdict.status == "NOT_MEASURED":
         return f"{accuracy[:1].upper()}{accuracy[1:]}, speed not measured on {document.target_name}"
     if isinstance(speedup, Absent):
@@ -88,6 +88,14 @@ def headline(document: Document) -> str:
     else:
         speed = f"{times(speedup.value)} faster" if speedup.value > 1 else f"{times(1 / speedup.value)} slower"
     return f"{speed}, {accuracy}, on {document.target_name}"
+
+
+def _change_in_words(metric: Metric, change: float) -> str:
+    return (
+        f"equal {metric.noun}"
+        if metric.change(change) == metric.change(0)
+        else f"{metric.change(change)} of {metric.noun}"
+    )
 
 
 def findings(document: Document) -> list[Finding]:
@@ -104,13 +112,14 @@ def _speedup(document: Document) -> Finding:
 
 
 def _accuracy(document: Document) -> Finding:
-    change = document.verdict.accuracy_change
+    change, metric = document.verdict.accuracy_change, document.metric
+    name = f"{metric.noun[:1].upper()}{metric.noun[1:]} change"
     if isinstance(change, Absent):
-        return Finding("Accuracy change", DASH, change.reason)
-    low, high = (points(end).removesuffix(" points") for end in change.ci95)
+        return Finding(name, DASH, change.reason)
+    low, high = (metric.bare(end) for end in change.ci95)
     significance = "a significant" if change.p_value < SIGNIFICANT else "no significant"
-    detail = f"95% interval {low} to {high}; {significance} difference (McNemar {p_value(change.p_value)})"
-    return Finding("Accuracy change", points(change.value), detail)
+    detail = f"95% interval {low} to {high}; {significance} difference ({change.test} {p_value(change.p_value)})"
+    return Finding(name, metric.change(change.value), detail)
 
 
 def _size(document: Document) -> Finding:
@@ -169,18 +178,29 @@ def budgets(document: Document) -> Table | Absent:
 def ladder(document: Document) -> Table:
     """Accuracy and cost at every step from the teacher to the device; every rung is named, measured or not."""
     teacher = document.row("teacher")
-    rows = tuple(_ladder_row(rung, document.row(rung), teacher) for rung in RUNGS)
-    columns = ("Rung", "Top-1", "95% interval", "To teacher", "Agreement", "Samples", "Size", "Params", "MACs")
+    rows = tuple(_ladder_row(document.metric, rung, document.row(rung), teacher) for rung in RUNGS)
+    columns = (
+        "Rung",
+        document.metric.title,
+        "95% interval",
+        "To teacher",
+        "Agreement",
+        "Samples",
+        "Size",
+        "Params",
+        "MACs",
+    )
     notes = (
-        "To teacher: top-1 minus the teacher's, in percentage points. Agreement: share of samples on which the rung "
-        f"and the teacher predict the same class. {DASH}: not recorded at this rung.",
+        f"To teacher: {document.metric.label} minus the teacher's"
+        + (", in percentage points. " if document.metric.share else ". ")
+        + f"Agreement with the teacher: {document.agree}. {DASH}: not recorded at this rung.",
     )
     return Table("Accuracy ladder, every rung on the same test samples", columns, rows, notes)
 
 
 def ladder_reading(document: Document) -> list[str]:
     """What the ladder says in words: the smaller network, its teacher's gift, the way to the device."""
-    top1 = {row.rung: row.top1 for row in document.ladder if row.top1 is not None}
+    scores = {row.rung: row.score for row in document.ladder if row.score is not None}
     steps = (
         ("teacher", "student", "From the teacher to the distilled student"),
         (
@@ -191,20 +211,23 @@ def ladder_reading(document: Document) -> list[str]:
         ("onnx", "quantized", "What quantization cost"),
         ("student", "device", "On the way from the trained student to the device"),
     )
-    return [f"{text}: {points(top1[b] - top1[a])}." for a, b, text in steps if a in top1 and b in top1]
+    return [
+        f"{text}: {document.metric.change(scores[b] - scores[a])}."
+        for a, b, text in steps
+        if a in scores and b in scores
+    ]
 
 
-def _ladder_row(rung: str, row: LadderRow | None, teacher: LadderRow | None) -> Row:
+def _ladder_row(metric: Metric, rung: str, row: LadderRow | None, teacher: LadderRow | None) -> Row:
     label = RUNG_LABELS[rung]
-    if row is None or row.top1 is None or row.ci95 is None or row.n is None:
+    if row is None or row.score is None or row.ci95 is None or row.n is None:
         return Row((label,), reason=(row and row.reason) or NO_SUCH_RUNG)
-    compared = rung != "teacher" and teacher is not None and teacher.top1 is not None
-    change = points(row.top1 - teacher.top1).removesuffix(" points") if compared else DASH  # type: ignore[union-attr, operator]
-    low, high = row.ci95
+    compared = rung != "teacher" and teacher is not None and teacher.score is not None
+    change = metric.bare(row.score - teacher.score) if compared else DASH  # type: ignore[union-attr, operator]
     cells = (
         label,
-        percent(row.top1),
-        f"{percent(low).removesuffix('%')} to {percent(high)}",
+        metric.text(row.score),
+        metric.span(row.ci95),
         change,
         _or_dash(row.agreement_with_teacher, percent),
         f"{row.n:,}",
@@ -314,6 +337,8 @@ def launches(document: Document) -> Table | Absent:
 
 def training(document: Document) -> Table:
     """How long each network was trained and where it ended on the validation split."""
+    text, noun = document.metric.text, document.metric.noun
+    best = max if document.metric.higher_is_better else min
     rows = []
     for name in NETWORKS:
         run = document.training.get(name)
@@ -323,18 +348,18 @@ def training(document: Document) -> Table:
         if run is None or isinstance(run, Absent):
             rows.append(Row((label,), reason=run.reason if run else "This run did not train it."))
             continue
-        accuracies = [epoch.val_accuracy for epoch in run.epochs if epoch.val_accuracy is not None]
+        scores = [epoch.val_score for epoch in run.epochs if epoch.val_score is not None]
         seconds = sum(epoch.seconds for epoch in run.epochs)
         cells = (
             label,
             str(len(run.epochs)),
             number(run.epochs[-1].train_loss),
-            percent(accuracies[-1]) if accuracies else DASH,
-            percent(max(accuracies)) if accuracies else DASH,
+            text(scores[-1]) if scores else DASH,
+            text(best(scores)) if scores else DASH,
             f"{number(seconds)} s",
         )
         rows.append(Row(cells))
-    columns = ("Network", "Epochs", "Final loss", "Final accuracy", "Best accuracy", "Time")
+    columns = ("Network", "Epochs", "Final loss", f"Final {noun}", f"Best {noun}", "Time")
     return Table("What each training cost and where it ended on the validation split", columns, tuple(rows))
 
 

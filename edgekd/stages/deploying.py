@@ -12,7 +12,7 @@ from edgekd import backends
 from edgekd.backends import Engine
 from edgekd.bench import benchmark
 from edgekd.errors import StageError
-from edgekd.stages.job import ENGINE, LABELS, LOGITS, MODEL, Inputs, Job, accuracy, test_logits
+from edgekd.stages.job import ENGINE, LABELS, LOGITS, MODEL, Inputs, Job, test_logits
 
 
 def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
@@ -38,18 +38,18 @@ def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dic
         run = backends.load_runner(built).run
         logits = test_logits(job, run)
         np.save(out / LOGITS, logits)
-        result |= accuracy(logits, job.dataset.test.labels)
+        result |= job.measured(logits)
     return result
 
 
 def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     """Deploy both engines to the device and measure them there, interleaved, for speed and accuracy."""
     spec = job.recipe.benchmark
-    labels = job.dataset.test.labels[: spec.accuracy_samples]
+    judge = job.dataset.judge("test", spec.accuracy_samples)
     engines = {subject: _engine(subject, job, inputs) for subject in ("student", "teacher")}
     session = work / "session"
     found = benchmark(
-        engines["student"], engines["teacher"], samples=job.images(0, len(labels)), labels=labels,
+        engines["student"], engines["teacher"], samples=job.images(0, len(judge.labels)), judge=judge,
         device=job.open_device(), workdir=session, mode=job.mode(), launches=spec.launches,
         lock_clocks=spec.lock_clocks, seed=job.recipe.seed,
         on_progress=lambda share, left_s, text: job.on_progress(share, text),
@@ -57,7 +57,7 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     for file in session.iterdir():
         if file.name != "samples.npy":  # the images can be made again from the data, and are large
             shutil.copy(file, out)
-    np.save(out / LABELS, labels)
+    np.save(out / LABELS, judge.labels)
     return found
 
 

@@ -18,7 +18,8 @@ from edgekd.artifact import Artifact
 from edgekd.backends import Backend, Engine
 from edgekd.errors import ExportError
 from edgekd.quantize.quantizers import ModelQuantizer, Samples
-from edgekd.stages.job import CURVES, LABELS, LOGITS, MODEL, Array, Inputs, Job, accuracy, test_logits
+from edgekd.stages.job import CURVES, LABELS, LOGITS, MODEL, Array, Inputs, Job, test_logits
+from edgekd.tasks import Task
 
 # Less work than this is not shared by threads: on a busy machine they mostly wait for each other.
 SMALL_MACS = 1e11
@@ -55,11 +56,11 @@ def onnx(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[
         ) from error
     found = parity.parity(
         network, lambda index: job.dataset.normalize(test.images[index]), np.load(inputs[subject].file(LOGITS)), logits,
-        spec.tolerance,
+        spec.tolerance, job.task,
     )  # fmt: skip
     found.check(f"{subject}.onnx")
     np.save(out / LOGITS, logits)
-    return {**result, "parity": found.as_dict(), **accuracy(logits, test.labels)}
+    return {**result, "parity": found.as_dict(), **job.measured(logits)}
 
 
 def quantize(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
@@ -81,13 +82,13 @@ def quantize(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     logits = test_logits(job, _reference(out / MODEL, work, threads=1, graph_optimization="disabled"))
     np.save(out / LOGITS, logits)
     np.save(out / LABELS, dataset.test.labels)
-    measured, before = accuracy(logits, dataset.test.labels), np.load(exported.file(LOGITS))
+    measured, before = job.measured(logits), np.load(exported.file(LOGITS))
     job.on_progress(0.9, "comparing layer by layer")
     model = onnx_package.load(out / MODEL)
     stored = dialects.translated(model, "onnxruntime_uint8").ByteSize()  # weights as their codes
     curves = json.loads(inputs.get("finetune", inputs["student"]).file(CURVES).read_text(encoding="utf-8"))
     found = account.of(model, curves, samples[: account.IMAGES]) | facts.get("account", {})
-    agreement = _agreement(inputs["finetune"], logits) if "finetune" in inputs else None
+    agreement = _agreement(job.task, inputs["finetune"], logits) if "finetune" in inputs else None
     return {
         **measured,
         "size_bytes": stored,
@@ -98,9 +99,9 @@ def quantize(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
         "calibrate": facts.get("calibrate"),
         "search": facts.get("search"),
         "keep_float": facts.get("keep_float", []),
-        "accuracy": {"n": measured["n"], "float_top1": exported.result["top1"], "top1": measured["top1"]},
+        "accuracy": {"n": measured["n"], "float_score": exported.result["score"], "score": measured["score"]},
         "size": {"float_bytes": exported.result["size_bytes"], "bytes": stored},
-        "classes": account.classes(dataset.test.labels, before, logits, dataset.class_names),
+        "classes": account.classes(job.task, dataset.test.labels, before, logits, dataset.class_names),
         **found,
         "agreement": agreement,
         "notes": [ROUNDED_BRANCHES] if dialects.rounds_branches(model) else [],
@@ -118,30 +119,31 @@ def _samples(job: Job, inputs: Inputs, calibration: Array) -> Samples:
 
         job.on_progress(0.0, "measuring the teacher on the validation split")
         logits = distill.predict(job.restore("teacher", inputs["teacher"]), dataset.val, dataset)
-        target = accuracy(logits, dataset.val.labels)["top1"] - drop
-    return Samples(calibration, dataset.normalize(dataset.val.images), dataset.val.labels, target, job.on_progress)
+        target = job.task.score(logits, dataset.val.labels) - job.task.metric.goodness(drop)
+    images = dataset.normalize(dataset.val.images)
+    return Samples(calibration, images, dataset.judge("val"), target, job.on_progress)
 
 
-def _agreement(trained: Artifact, logits: Array) -> dict[str, Any]:
+def _agreement(task: Task, trained: Artifact, logits: Array) -> dict[str, Any]:
     """What was trained, by torch, against the model that is deployed, by ONNX Runtime, on the test set."""
     expected = np.load(trained.file(LOGITS))
-    differing = int((expected.argmax(1) != logits.argmax(1)).sum())
-    found = {"n": len(logits), "top1_agreement": 1 - differing / len(logits),
-             "max_difference": float(np.abs(expected - logits).max())}  # fmt: skip
-    if differing > max(1, OTHER_GRAPH * len(logits)):
+    agreement = task.agreement(expected, logits)
+    found = {"n": len(logits), "agreement": agreement, "max_difference": float(np.abs(expected - logits).max())}
+    if agreement < 1 - max(1 / len(logits), OTHER_GRAPH):
         raise ExportError(
-            f"the quantized model answers otherwise than the network that was trained: {differing} of {len(logits)}"
-            " test images",
-            allowed=f"expected: at most {OTHER_GRAPH:.0%}; the largest difference is {found['max_difference']:.3g}",
+            f"the quantized model answers otherwise than the network that was trained: they agree on {agreement:.2%} of"
+            f" {len(logits)} test images",
+            allowed=f"expected: {1 - OTHER_GRAPH:.0%} at least; the largest difference is"
+            f" {found['max_difference']:.3g}",
             fix="use quantize.method = ptq, and report this network",
         )
     return found
 
 
 def _disagreement(agreement: dict[str, Any] | None) -> list[str]:
-    if agreement is None or agreement["top1_agreement"] >= 1 - max(DISAGREEMENT, 1 / agreement["n"]):
+    if agreement is None or agreement["agreement"] >= 1 - max(DISAGREEMENT, 1 / agreement["n"]):
         return []
-    share = f"{agreement['top1_agreement']:.2%}"
+    share = f"{agreement['agreement']:.2%}"
     return [f"The deployed graph and the network that was trained give the same answer to {share} of the test images."]
 
 
@@ -161,8 +163,9 @@ def _metadata(job: Job, subject: str, artifact: Artifact) -> dict[str, Any]:
     dataset, part = job.dataset, job.part(subject)
     recipe = json.dumps(artifact.manifest["spec"], sort_keys=True)  # the part of it that made this network
     return {
-        "task": "image-classification",
+        "task": f"image-{job.task.name}",
         "class_names": list(dataset.class_names),
+        **job.task.about_outputs(),
         "input_size": list(astuple(dataset.shape)),
         "input_layout": "NCHW",
         "preprocessing": "(pixel / 255 - mean) / std",

@@ -20,6 +20,7 @@ from edgekd.data import calibration as calibrations
 from edgekd.device import Device
 from edgekd.recipe import Choice, Network, Recipe, choice_from_yaml
 from edgekd.target import Target
+from edgekd.tasks import Task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,9 +64,15 @@ class Job:
         spec = self.recipe.data
         self.on_progress(0.0, "reading the data")
         return data.load(
-            spec.source, spec.options, validation=spec.validation, seed=spec.seed, train_limit=spec.train_limit,
-            test_limit=spec.test_limit, normalize=spec.normalize.model_dump() if spec.normalize else None,
+            spec.source, spec.options, task=spec.task, validation=spec.validation, seed=spec.seed,
+            train_limit=spec.train_limit, test_limit=spec.test_limit,
+            normalize=spec.normalize.model_dump() if spec.normalize else None,
         )  # fmt: skip
+
+    @property
+    def task(self) -> Task:
+        """What the data asks for."""
+        return self.dataset.task
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -109,9 +116,11 @@ class Job:
 
         part = self.part(subject)
         activation = choice_from_yaml(part.activation)
-        shape, num_classes = self.dataset.shape, self.dataset.num_classes
+        shape, (num_outputs, *maps) = self.dataset.shape, self.dataset.outputs
         with warnings_of("edgekd.networks") as notes:
-            network = networks.build(part.network, part.options, shape, num_classes, activation, self.recipe.seed)
+            network = networks.build(
+                part.network, part.options, shape, num_outputs, activation, self.recipe.seed, maps=tuple(maps)
+            )
         if subject not in self.notes:  # a network is built by several stages: told once
             self.notes[subject] = notes
             for note in notes:
@@ -125,6 +134,10 @@ class Job:
         network = self.build(subject)
         networks.load_weights(network, artifact.file(WEIGHTS))
         return network.eval()
+
+    def measured(self, logits: Array) -> dict[str, Any]:
+        """The score of answers for the whole test split, and what it is, as manifests hold it."""
+        return self.task.measured(logits, self.dataset.test.labels) | self.task.described()
 
     def images(self, start: int, end: int) -> Array:
         """Test images as a network is fed them: float32 [N, C, H, W]."""
@@ -179,13 +192,7 @@ def warnings_of(name: str) -> Iterator[list[str]]:
         logger.propagate = propagate
 
 
-def accuracy(logits: Array, labels: Array) -> dict[str, Any]:
-    """Top-1 of logits [N, K] against labels [N], as manifests hold it."""
-    right = int((logits.argmax(1) == labels).sum())
-    return {"top1": right / len(labels), "n": len(labels)}
-
-
 def test_logits(job: Job, run: Callable[[Array], Array]) -> Array:
-    """What an engine makes of the whole test split, float32 [N, K]."""
+    """What an engine makes of the whole test split, float32 [N, ...]."""
     size = 1 if job.recipe.export.batch == "static" else 100
     return np.concatenate([run(job.images(at, at + size)) for at in range(0, len(job.dataset.test), size)])

@@ -15,7 +15,7 @@ from edgekd.artifact import LOG
 from edgekd.quantize.quantizers import TrainingQuantizer
 from edgekd.recipe import Train
 from edgekd.stages.exporting import export_settings
-from edgekd.stages.job import CURVES, LABELS, LOGITS, MODEL, WEIGHTS, Inputs, Job, accuracy
+from edgekd.stages.job import CURVES, LABELS, LOGITS, MODEL, WEIGHTS, Inputs, Job
 
 # How a finetuning differs from the training that it follows, next to its length and learning rate.
 FINETUNE = {"warmup": 0, "schedule": "cosine", "ema": 0.0, "compile": False, "precision": "fp32"}
@@ -88,8 +88,7 @@ def finetune(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     facts = quantizer.export(prepared, network, out / MODEL, example=job.images(0, 1), **settings)
     (out / CURVES).write_text(json.dumps(activations.curves(network)), encoding="utf-8")
     _keep_log(work, out)
-    measured = accuracy(logits, dataset.test.labels)
-    return {**measured, "quantizer": facts, "epochs": trained.epochs, "kept_epoch": trained.kept}
+    return {**job.measured(logits), "quantizer": facts, "epochs": trained.epochs, "kept_epoch": trained.kept}
 
 
 def _train(
@@ -98,7 +97,9 @@ def _train(
     from edgekd import distill
 
     def on_progress(at: distill.Progress) -> None:
-        newest = "val {val_accuracy:.1%}, loss {train_loss:.3f}".format(**at.metrics) if at.metrics else "first epoch"
+        newest = "first epoch"
+        if at.metrics:
+            newest = f"val {job.task.metric.text(at.metrics['val_score'])}, loss {at.metrics['train_loss']:.3f}"
         job.on_progress(at.done / at.total, newest)
 
     return distill.train(
@@ -139,14 +140,14 @@ def _network_result(
     np.save(out / LOGITS, logits)
     np.save(out / LABELS, dataset.test.labels)
     about = {"network": part.network, "options": part.options, "activation": part.activation}
-    shape = {"shape": list(astuple(dataset.shape)), "num_classes": dataset.num_classes}
+    shape = {"shape": list(astuple(dataset.shape)), "outputs": list(dataset.outputs)}
     networks.save_weights(network, out / WEIGHTS, {**about, **shape})
     x = dataset.normalize(dataset.val.images[: distill.evaluation_batch(dataset)])
     inputs = activations.input_histograms(network, torch.from_numpy(x).to(next(network.parameters()).device))
     curves = [curve | {"inputs": own} for curve, own in zip(activations.curves(network), inputs, strict=True)]
     (out / CURVES).write_text(json.dumps(curves), encoding="utf-8")
     result = {
-        **accuracy(logits, dataset.test.labels),
+        **job.measured(logits),
         "params": networks.count_params(network),
         "macs": networks.count_macs(network, dataset.shape),
         "size_bytes": (out / WEIGHTS).stat().st_size,

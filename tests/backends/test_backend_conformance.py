@@ -24,6 +24,8 @@ from edgekd.export import export
 from edgekd.networks import build
 from edgekd.quantize import dialects, ptq
 from edgekd.recipe import Choice
+from edgekd.tasks import Judge
+from edgekd.tasks.classification import Classification
 
 STANDS_ALONE = {"numpy", *sys.stdlib_module_names}
 
@@ -181,7 +183,7 @@ def test_the_agent_runs_it(engine, tmp_path):
         engine,
         engine,
         samples=samples,
-        labels=np.zeros(20, np.int64),
+        judge=Judge(Classification(), np.zeros(20, np.int64), (5,)),
         device=Device("local:", tmp_path / "jobs"),
         workdir=tmp_path / "bench",
         mode=SingleStream(seconds=0.1),

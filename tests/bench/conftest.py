@@ -8,6 +8,8 @@ from edgekd.backends.null import Null
 from edgekd.bench import benchmark
 from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.device import Device
+from edgekd.tasks import Judge
+from edgekd.tasks.classification import Classification
 
 
 def null_engine(folder, latency_ms, classes=3):
@@ -26,11 +28,11 @@ def run(tmp_path):
         if runner:
             (tmp_path / "own.py").write_text(runner)
             student = Engine("own", student.folder, tmp_path / "own.py", "own")
-        samples, labels = np.zeros((12, 1, 4, 4), np.float32), np.arange(12) % 3
+        samples, judge = np.zeros((12, 1, 4, 4), np.float32), Judge(Classification(), np.arange(12) % 3, (3,))
         device, workdir = Device("local:", tmp_path / "jobs"), tmp_path / "work"
         mode = mode or SingleStream(seconds=0.3)
         return benchmark(
-            student, teacher, samples=samples, labels=labels, device=device, workdir=workdir, mode=mode,
+            student, teacher, samples=samples, judge=judge, device=device, workdir=workdir, mode=mode,
             launches=launches, **options,
         )  # fmt: skip
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from bench_parts import CORRECT, LAUNCHES, QUERIES, ROUNDS, measured, table, tables
 
-from edgekd.bench.arrays import correct_from_logits, table_from_latencies
+from edgekd.bench.arrays import quality_from_logits, table_from_latencies
 from edgekd.bench.latencies import speedups
 from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.bench.summary import summarize
 from edgekd.bench.validity import invalid_because
 from edgekd.errors import RecipeError, StageError
+from edgekd.tasks import Judge
+from edgekd.tasks.classification import Classification
 
 SINGLE = SingleStream()
 
@@ -49,8 +51,8 @@ def test_the_latency_figures_are_those_of_the_table():
 
 def test_the_accuracy_change_is_student_minus_teacher():
     result = summarize(measured(), tables(), CORRECT, SINGLE)
-    assert result["accuracy"]["student"]["top1"] == pytest.approx(0.9)
-    assert result["accuracy"]["teacher"]["top1"] == pytest.approx(0.95)
+    assert result["accuracy"]["student"]["score"] == pytest.approx(0.9)
+    assert result["accuracy"]["teacher"]["score"] == pytest.approx(0.95)
     assert result["accuracy_change"]["value"] == pytest.approx(-0.05)
     low, high = result["accuracy_change"]["ci95"]
     assert low < -0.05 < high < 0
@@ -204,8 +206,9 @@ def test_two_engines_are_deployed_timed_and_scored(run, tmp_path):
     shares = []
     result = run(on_progress=lambda share, left_s, stage: shares.append(share))
     assert result["speedup"]["value"] == pytest.approx(3.0, rel=0.35)  # the machine may be busy
-    assert result["accuracy"]["student"]["top1"] == pytest.approx(1 / 3)  # zeros name class 0
-    assert result["accuracy_change"] == {"value": 0.0, "ci95": pytest.approx([0, 0], abs=0.3), "p_value": 1.0}
+    assert result["accuracy"]["student"]["score"] == pytest.approx(1 / 3)  # zeros name class 0
+    change = {"value": 0.0, "ci95": pytest.approx([0, 0], abs=0.3), "p_value": 1.0, "test": "McNemar"}
+    assert result["accuracy_change"] == change
     assert result["engines"]["teacher"]["runtime"] == "null"
     assert result["argv"][1:] == ["-m", "agent", "bench", "spec.json", "--lifeline"]
     assert result["settings"]["launches"] == 6
@@ -248,7 +251,7 @@ def test_an_engine_that_fails_is_named_with_its_last_lines(run):
 def test_answers_that_cannot_be_scored_are_refused(tmp_path, logits, error):
     np.save(tmp_path / "logits.npy", logits)
     with pytest.raises(StageError, match=re.escape(error)):
-        correct_from_logits(tmp_path / "logits.npy", np.zeros(2, np.int64), "student")
+        quality_from_logits(tmp_path / "logits.npy", Judge(Classification(), np.zeros(2, np.int64), (2,)), "student")
 
 
 @pytest.mark.parametrize("rows", [np.ones((5, 4), np.int64), np.arange(30.0).reshape(5, 6), np.ones((5, 6), np.int64)])

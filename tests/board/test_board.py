@@ -19,6 +19,8 @@ from edgekd.bench import MIN_LAUNCHES, benchmark
 from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.device import Device, bootstrap, ssh
 from edgekd.errors import ConnectionLost, StageError
+from edgekd.tasks import Judge
+from edgekd.tasks.classification import Classification
 
 pytestmark = [pytest.mark.board, pytest.mark.slow, pytest.mark.timeout(900)]
 # Sums in another order than on x86: some units in the last place of float32.
@@ -84,7 +86,7 @@ def null_engine(folder):
 
 def measure(board, engines, samples, folder):
     return benchmark(
-        *engines, samples=samples[0], labels=samples[1], device=Device(board.url, folder),
+        *engines, samples=samples[0], judge=Judge(Classification(), samples[1], (5,)), device=Device(board.url, folder),
         workdir=folder / "work", mode=SingleStream(seconds=0.5), launches=MIN_LAUNCHES,
     )  # fmt: skip
 
@@ -110,7 +112,7 @@ def test_a_benchmark_answers_as_here_and_says_that_its_times_are_not_a_boards(bo
         run = backends.load_runner(engine).run
         here = np.concatenate([run(x[None]) for x in samples[0]])
         np.testing.assert_allclose(there, here, rtol=TOLERANCE, atol=TOLERANCE)
-        assert result["accuracy"][engine.name]["top1"] == (here.argmax(axis=1) == samples[1]).mean()
+        assert result["accuracy"][engine.name]["score"] == (here.argmax(axis=1) == samples[1]).mean()
     assert result["status"] == "INVALID"
     assert "emulated: aarch64 is emulated there, its times are not a board's" in result["reasons"]
     assert "throttled: the supply voltage was too low: use the board's own power supply" in result["reasons"]

@@ -23,6 +23,8 @@ from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.device import Device, Job, ssh
 from edgekd.device.porter import processes_in
 from edgekd.errors import ConnectionLost, StageError
+from edgekd.tasks import Judge
+from edgekd.tasks.classification import Classification
 
 LAUNCHES = 6
 
@@ -43,9 +45,9 @@ def measure(url, folder, **options):
         settings = {"backend": "null", "threads": 1, "image": [1, 4, 4], "classes": 3, "latency_ms": latency_ms}
         write_settings(folder / name, settings)
         engines.append(Engine(name, folder / name, Null.runner, "null"))
-    samples, labels = np.zeros((12, 1, 4, 4), np.float32), np.arange(12) % 3
+    samples, judge = np.zeros((12, 1, 4, 4), np.float32), Judge(Classification(), np.arange(12) % 3, (3,))
     device = Device(url, folder / "jobs")
-    return benchmark(*engines, samples=samples, labels=labels, device=device, workdir=folder / "work",
+    return benchmark(*engines, samples=samples, judge=judge, device=device, workdir=folder / "work",
                      mode=SingleStream(seconds=0.3), **({"launches": LAUNCHES} | options))  # fmt: skip
 
 

@@ -10,7 +10,10 @@ from torch import nn
 
 from edgekd import networks, registry
 from edgekd.data import Shape
-from edgekd.methods import Method, Setting, Step
+from edgekd.methods import CLASSIFICATION, Method, Setting, Step
+from edgekd.tasks import Task
+from edgekd.tasks.classification import Classification
+from edgekd.tasks.regression import Regression
 
 B, K, N = 12, 5, 40
 SHAPE = Shape(1, 8, 8)
@@ -32,18 +35,31 @@ def pair() -> tuple[nn.Module, nn.Module]:
     return network(0.25, 0), network(0.375, 1).eval().requires_grad_(False)
 
 
-def setting(epochs: int = 2) -> Setting:
+def task_of(method: Method) -> Task:
+    """One that the method learns: classification, wherever it does."""
+    classes = method.tasks is None or "classification" in method.tasks
+    return Classification() if classes else Regression(center=0.0, scale=1.0)
+
+
+def labels_of(task: Task) -> torch.Tensor:
+    """Of all N samples, for K outputs."""
+    if isinstance(task, Classification):
+        return torch.arange(N) % K
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(5))
+
+
+def setting(epochs: int = 2, task: Task = CLASSIFICATION) -> Setting:
     generator = torch.Generator().manual_seed(3)
     return Setting(
-        torch.randn(2, 1, 8, 8, generator=generator), torch.arange(N) % K, K,
-        torch.full((1, 1, 1), 0.3), torch.full((1, 1, 1), 0.4), epochs,
+        torch.randn(2, 1, 8, 8, generator=generator), labels_of(task), K,
+        torch.full((1, 1, 1), 0.3), torch.full((1, 1, 1), 0.4), epochs, task,
     )  # fmt: skip
 
 
 def attached(name: str, student: nn.Module, teacher: nn.Module | None, **options: Any) -> Method:
     torch.manual_seed(1)
     method: Method = registry.create("method", name, options=options or OPTIONS.get(name, {}))
-    method.attach(student, teacher if method.needs_teacher else None, setting())
+    method.attach(student, teacher if method.needs_teacher else None, setting(task=task_of(method)))
     return method
 
 
@@ -53,9 +69,10 @@ def step_of(method: Method, student: nn.Module, teacher: nn.Module, progress: fl
     x = torch.randn(B, 1, 8, 8, generator=generator)
     index = torch.randperm(N, generator=generator)[:B]
     given = {"teacher": lambda: teacher(x), "ask_teacher": teacher} if method.needs_teacher else {}
+    task = task_of(method)
     return Step(
-        x, index % K, progress=progress, student=student, index=index, student_taps=method.student_taps,
-        teacher_taps=method.teacher_taps, **given,
+        x, labels_of(task)[index], progress=progress, student=student, index=index, student_taps=method.student_taps,
+        teacher_taps=method.teacher_taps, task=task, **given,
     )  # fmt: skip
 
 

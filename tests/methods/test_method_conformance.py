@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from method_pairs import OPTIONS, B, K, attached, network, pair, step_of
+from method_pairs import OPTIONS, B, K, attached, network, pair, step_of, task_of
 
 from edgekd import data, distill, export, registry
 from edgekd.data import Dataset
@@ -18,9 +18,14 @@ from edgekd.recipe import Augment, Train
 METHODS = registry.names("method")
 
 
+TARGETS = {"classification": "class", "regression": "slant"}
+
+
 @pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return data.load("digits", {}, train_limit=60, test_limit=20)
+def digits() -> dict[str, Dataset]:
+    """By task."""
+    limits = {"train_limit": 60, "test_limit": 20}
+    return {task: data.load("digits", {"target": target}, **limits) for task, target in TARGETS.items()}
 
 
 def total(method: Method, student, teacher, progress: float = 0.25) -> torch.Tensor:
@@ -76,23 +81,25 @@ class Kill(Exception):  # noqa: N818
     pass
 
 
-def train(name: str, digits: Dataset, work: Path, die_at: int = 0) -> torch.nn.Module:
+def train(name: str, digits: dict[str, Dataset], work: Path, die_at: int = 0) -> torch.nn.Module:
     """Two epochs of five batches; with `die_at` once killed after that batch, and resumed."""
     student, teacher = network(0.25, 0).eval(), network(0.375, 1)
-    student.fc = torch.nn.Linear(student.fc.in_features, 10)
-    teacher.fc = torch.nn.Linear(teacher.fc.in_features, 10)
+    method = bare(name)
+    dataset = digits[task_of(method).name]
+    (outputs,) = dataset.outputs
+    student.fc = torch.nn.Linear(student.fc.in_features, outputs)
+    teacher.fc = torch.nn.Linear(teacher.fc.in_features, outputs)
     torch.manual_seed(5)
     for one in (student, teacher):
         torch.nn.init.normal_(one.fc.weight, 0, 0.3)
         torch.nn.init.zeros_(one.fc.bias)
-    method = bare(name)
 
     def on_progress(progress: distill.Progress) -> None:
         if progress.done == die_at:
             raise Kill
 
     distill.train(
-        student, digits, Train(epochs=2, batch_size=12, lr=0.02, keep="last"), method,
+        student, dataset, Train(epochs=2, batch_size=12, lr=0.02, keep="last"), method,
         teacher=teacher if method.needs_teacher else None, augment=Augment(crop=1), seed=0, work=work,
         on_progress=on_progress,
     )  # fmt: skip
@@ -121,7 +128,8 @@ def test_a_resumed_training_ends_with_the_same_bits(name, digits, tmp_path, monk
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_ends_in_onnx(name, digits, tmp_path):
     student = train(name, digits, tmp_path / "work")
-    x = digits.normalize(digits.test.images[:B])
+    dataset = digits[task_of(bare(name)).name]
+    x = dataset.normalize(dataset.test.images[:B])
     export.export(
         student, tmp_path / "student.onnx", example=x[:1], opset=20, form="relu_sum", dynamic_batch=True, metadata={}
     )
@@ -129,5 +137,5 @@ def test_every_method_ends_in_onnx(name, digits, tmp_path):
     (logits,) = session.run(None, {session.get_inputs()[0].name: x})
     expected = student(torch.from_numpy(x)).detach().numpy()
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-    assert logits.shape == (B, 10) != (B, K)
+    assert logits.shape == (B, *dataset.outputs) != (B, K)
     assert sum(parameter.numel() for parameter in student.parameters()) < 20_000

@@ -203,7 +203,7 @@ def ten(width: float = 0.25, shape: Shape = SHAPE, classes: int = 10) -> nn.Modu
 
 def test_a_teacher_of_other_classes(digits, tmp_path):
     expected = (
-        "error: the teacher gives [12, 7] for 12 images, and the data has 10 classes\n"
+        "error: the teacher gives [12, 7] for 12 images, and the data asks for [12, 10]\n"
         "       expected: logits [12, 10] of teacher and student alike\n"
         "fix:   use a teacher that was made for these classes"
     )

@@ -238,7 +238,7 @@ def test_an_epoch_with_the_teacher_resumes_to_the_bit_and_keeps_the_accuracy(tmp
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
 
     def top1(network: nn.Module) -> float:
-        return ptq.top1(distill.predict(network, dataset.test, dataset), dataset.test.labels)
+        return dataset.judge("test").score(distill.predict(network, dataset.test, dataset))
 
     assert top1(whole) >= max(top1(start), top1(student)) - 0.015
     facts = QAT().export(

@@ -8,6 +8,7 @@ from small_models import images, residual_model, rounded, run
 
 from edgekd.quantize import account, ptq, sessions
 from edgekd.quantize.placement import DEQUANTIZED
+from edgekd.tasks.classification import Classification
 
 
 @pytest.fixture
@@ -132,8 +133,8 @@ def test_classes_are_counted_each_for_itself():
     labels = np.array([0, 0, 1, 1, 1])
     before = np.eye(3)[[0, 0, 1, 1, 0]]
     after = np.eye(3)[[0, 1, 1, 1, 1]]
-    rows = account.classes(labels, before, after, ["cat", "dog", "owl"])
-    assert [(row["class"], row["n"], row["float_top1"], row["top1"]) for row in rows] == [
+    rows = account.classes(Classification(), labels, before, after, ["cat", "dog", "owl"])
+    assert [(row["class"], row["n"], row["float_score"], row["score"]) for row in rows] == [
         ("cat", 2, 1.0, 0.5), ("dog", 3, 2 / 3, 1.0), ("owl", 0, None, None),
     ]  # fmt: skip
     assert [row["change"] for row in rows] == [-0.5, pytest.approx(1 / 3), None]

@@ -15,6 +15,8 @@ from edgekd.errors import RecipeError
 from edgekd.quantize import half, ptq
 from edgekd.quantize.graph import Graph, lma_name
 from edgekd.quantize.quantizers import Samples
+from edgekd.tasks import Judge
+from edgekd.tasks.classification import Classification
 
 LAYERS = ["stem", "conv1", "conv2", "fc"]
 
@@ -160,7 +162,8 @@ def test_the_account_is_that_of_int8(residual):
 def test_what_a_recipe_names(residual, tmp_path):
     quantizer = registry.create("quantizer", "fp16", options={"keep_float": ["stem"]})
     labels = np.zeros(4, np.int64)
-    facts = quantizer.write(residual, tmp_path / "out.onnx", Samples(images(40), images(4), labels))
+    samples = Samples(images(40), images(4), Judge(Classification(), labels, (10,)))
+    facts = quantizer.write(residual, tmp_path / "out.onnx", samples)
     assert quantizer.precision == "fp16" and not quantizer.trains
     assert (
         facts["still_float"] == ["stem", "act"]

@@ -6,6 +6,8 @@ from small_models import images, residual_model, run
 
 from edgekd.quantize import ptq
 from edgekd.quantize.mixed import Search, search, sensitivity
+from edgekd.tasks import Judge
+from edgekd.tasks.classification import Classification
 
 LAYERS = [f"layer{index}" for index in range(10)]
 # What each layer costs in INT8, in points; `ranked` is nearly their order.
@@ -19,7 +21,7 @@ def accuracy(kept):
 def test_it_keeps_as_few_layers_as_the_target_needs():
     found = Search(accuracy, LAYERS, 0.9 - 0.0051, seconds=60).run()
     assert found["keep_float"] == ["layer0", "layer2"]
-    assert found["top1"] == pytest.approx(0.895)
+    assert found["score"] == pytest.approx(0.895)
     assert (found["met"], found["out_of_time"]) == (True, False)
     assert len(found["tried"]) < 12
 
@@ -48,7 +50,7 @@ def test_the_best_is_kept_when_time_runs_out(monkeypatch):
 def test_a_target_out_of_reach_leaves_the_best_there_was():
     found = Search(accuracy, LAYERS, 0.95, seconds=60).run()
     assert not found["met"]
-    assert found["top1"] == pytest.approx(0.9)
+    assert found["score"] == pytest.approx(0.9)
     assert {"layer0", "layer2"} <= set(found["keep_float"]) < set(LAYERS)
 
 
@@ -73,11 +75,11 @@ def test_the_search_of_a_model_meets_its_budget(residual):
     x = images(60, 9)
     labels = run(residual_model(), x).argmax(1)
     bad = {"method": "percentile", "percentile": 70.0}
-    found = search(prepared, x, labels, target=1.0, seconds=30, **bad)
-    assert found["float_top1"] == 1
+    found = search(prepared, x, Judge(Classification(), labels, (4,)), target=1.0, seconds=30, **bad)
+    assert found["float_score"] == 1
     assert found["met"]
-    assert found["top1"] >= 0.98
-    assert found["tried"][0]["top1"] < 0.98
+    assert found["score"] >= 0.98
+    assert found["tried"][0]["score"] < 0.98
     assert 0 < len(found["keep_float"]) <= 4
     again = ptq.quantize(residual, residual.with_name("mixed.onnx"), images(40), calibrate="percentile", percentile=70,
                          keep_float=found["keep_float"])  # fmt: skip

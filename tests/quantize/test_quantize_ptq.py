@@ -10,6 +10,8 @@ from edgekd.errors import DataError, RecipeError
 from edgekd.quantize import ptq, rules
 from edgekd.quantize.graph import Graph
 from edgekd.quantize.placement import DEQUANTIZED, pairs
+from edgekd.tasks import Judge
+from edgekd.tasks.classification import Classification
 
 
 def quantized(file, out, **options):
@@ -138,11 +140,12 @@ def test_choose_takes_the_best_on_the_validation_set(residual):
     x = images(60, 9)
     labels = run(residual_model(), x).argmax(1)
     seen = []
-    found = ptq.choose(prepared, x, labels, on_progress=lambda share, text: seen.append((share, text)))
+    judge = Judge(Classification(), labels, (4,))
+    found = ptq.choose(prepared, x, judge, on_progress=lambda share, text: seen.append((share, text)))
     assert [row["method"] for row in found["tried"]] == ["minmax", "entropy", "percentile", "percentile"]
-    assert found["float_top1"] == 1
-    assert found["top1"] == max(row["top1"] for row in found["tried"])
-    equals = [row for row in found["tried"] if row["top1"] == found["top1"]]
+    assert found["float_score"] == 1
+    assert found["score"] == max(row["score"] for row in found["tried"])
+    equals = [row for row in found["tried"] if row["score"] == found["score"]]
     best = max(equals, key=lambda row: row["logits_sqnr_db"])
     assert (found["method"], found["percentile"]) == (best["method"], best["percentile"])
     assert [text for _, text in seen] == [

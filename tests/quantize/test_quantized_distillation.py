@@ -23,6 +23,7 @@ from edgekd.quantize import sessions
 from edgekd.quantize.graph import load
 from edgekd.quantize.packing import float_from_packed
 from edgekd.recipe import Augment, Train
+from edgekd.tasks.classification import Classification
 
 SHAPE = Shape(3, 12, 12)
 EXPORT = {"example": images(1), "opset": 20, "form": "step_gemm", "dynamic_batch": True, "metadata": {"task": "test"}}
@@ -131,7 +132,8 @@ def check_the_file(tmp_path, network, bits, float_model):
     unpacked = float_from_packed(packed)
     onnx.checker.check_model(unpacked, full_check=True)
     for model in (packed, unpacked):
-        parity.parity(network, lambda index: x[index], expected, sessions.logits(model, x), 1e-4).check("the model")
+        found = sessions.logits(model, x)
+        parity.parity(network, lambda index: x[index], expected, found, 1e-4, Classification()).check("the model")
     # The weights are the same bits; ONNX Runtime may add them up in another order.
     np.testing.assert_allclose(run(packed, x), run(unpacked, x), rtol=1e-5, atol=1e-4)
 

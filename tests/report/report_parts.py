@@ -40,8 +40,8 @@ def a_training(epochs: int, top: float, seed: int) -> dict:
             {
                 "epoch": i + 1,
                 "train_loss": float(2.3 * np.exp(-2.2 * share[i]) + 0.05),
-                "train_accuracy": float(min(1, accuracy[i] + 0.03 * share[i])),
-                "val_accuracy": float(accuracy[i]),
+                "train_score": float(min(1, accuracy[i] + 0.03 * share[i])),
+                "val_score": float(accuracy[i]),
                 "lr": float(0.05 * (1 + np.cos(np.pi * share[i])) / 2),
                 "seconds": 11.5,
             }
@@ -93,9 +93,9 @@ def a_layer(index: int) -> dict:
     }
 
 
-def a_row(rung: str, top1: float, n: int = 10_000, **rest) -> dict:
-    half = 1.96 * float(np.sqrt(top1 * (1 - top1) / n))
-    return {"rung": rung, "top1": top1, "n": n, "ci95": [top1 - half, min(1, top1 + half)], **rest}
+def a_row(rung: str, score: float, n: int = 10_000, **rest) -> dict:
+    half = 1.96 * float(np.sqrt(score * (1 - score) / n))
+    return {"rung": rung, "score": score, "n": n, "ci95": [score - half, min(1, score + half)], **rest}
 
 
 def a_quantization() -> dict:
@@ -151,17 +151,17 @@ def a_quantization() -> dict:
             "method": "percentile",
             "percentile": 99.99,
             "tried": [
-                {"method": "minmax", "percentile": None, "top1": 0.912, "logits_sqnr_db": 17.3},
-                {"method": "percentile", "percentile": 99.99, "top1": 0.918, "logits_sqnr_db": 21.9},
+                {"method": "minmax", "percentile": None, "score": 0.912, "logits_sqnr_db": 17.3},
+                {"method": "percentile", "percentile": 99.99, "score": 0.918, "logits_sqnr_db": 21.9},
             ],
             "n": 5000,
-            "float_top1": 0.9204,
-            "top1": 0.918,
+            "float_score": 0.9204,
+            "score": 0.918,
         },
         "accuracy": {
             "n": 10_000,
-            "float_top1": 0.9198,
-            "top1": 0.9197,
+            "float_score": 0.9198,
+            "score": 0.9197,
             "float_ci95": [0.9143, 0.9249],
             "ci95": [0.9142, 0.9249],
             "change": {"value": -0.0001, "ci95": [-0.0016, 0.0014], "p_value": 0.95},
@@ -173,8 +173,8 @@ def a_quantization() -> dict:
             {
                 "class": name,
                 "n": 0 if change is None else 1000,
-                "float_top1": None if change is None else 0.92,
-                "top1": None if change is None else 0.92 + change,
+                "float_score": None if change is None else 0.92,
+                "score": None if change is None else 0.92 + change,
                 "change": change,
             }
             for name, change in zip(CLASSES, changes, strict=True)
@@ -183,14 +183,14 @@ def a_quantization() -> dict:
         "keep_float": [kept],
         "search": {
             "keep_float": [kept],
-            "top1": 0.918,
-            "float_top1": 0.9204,
+            "score": 0.918,
+            "float_score": 0.9204,
             "met": True,
             "out_of_time": True,
             "tried": [
-                {"keep_float": 0, "top1": 0.871},
-                {"keep_float": 7, "top1": 0.919},
-                {"keep_float": 1, "top1": 0.918},
+                {"keep_float": 0, "score": 0.871},
+                {"keep_float": 7, "score": 0.919},
+                {"keep_float": 1, "score": 0.918},
             ],
             "sensitivity_db": {name: 19.5 + 2 * i for i, name in enumerate(names)},
         },
@@ -203,7 +203,7 @@ def a_quantization() -> dict:
                 "fix": "round the skip input alone",
             }
         ],
-        "agreement": {"n": 10_000, "top1_agreement": 0.9997, "max_difference": 0.031},
+        "agreement": {"n": 10_000, "agreement": 0.9997, "max_difference": 0.031},
         "warnings": ["no calibration image shows truck"],
         "suggestions": [advice, "Train with rounding (QAT) to win back more."],
     }

@@ -48,14 +48,14 @@ def test_every_rung_has_the_accuracy_of_its_logits(run) -> None:
         predictions = np.load(artifacts[stage].file(name)).argmax(1)
         row = document.row(rung)
         assert row.n == len(labels)
-        assert row.top1 == pytest.approx((predictions == labels).mean())
-        assert row.ci95[0] <= row.top1 <= row.ci95[1]
+        assert row.score == pytest.approx((predictions == labels).mean())
+        assert row.ci95[0] <= row.score <= row.ci95[1]
 
 
 def test_confusion_counts_every_sample_once(run) -> None:
     document = document_from_run(*run)
     assert np.sum(document.confusion.student) == document.row("device").n
-    assert np.trace(document.confusion.student) == round(document.row("device").top1 * document.row("device").n)
+    assert np.trace(document.confusion.student) == round(document.row("device").score * document.row("device").n)
 
 
 def test_latency_samples_are_those_of_the_file(run) -> None:
@@ -142,11 +142,11 @@ def test_the_cost_is_that_of_the_logits(quantized) -> None:
         np.load(artifacts[stage].file("test_logits.npy")).argmax(1) == labels for stage in ("onnx-student", "quantize")
     )
     found = document.quantization.accuracy
-    assert (found.float_top1, found.top1) == (pytest.approx(before.mean()), pytest.approx(after.mean()))
+    assert (found.float_score, found.score) == (pytest.approx(before.mean()), pytest.approx(after.mean()))
     assert found.ci95 == wilson(int(after.sum()), len(labels))
     assert found.change.value == pytest.approx(after.mean() - before.mean())
     assert found.change.ci95[0] <= found.change.value <= found.change.ci95[1]
-    assert document.row("quantized").top1 == pytest.approx(after.mean())
+    assert document.row("quantized").score == pytest.approx(after.mean())
     assert document.row("quantized").size_bytes == artifacts["quantize"].result["size"]["bytes"]
 
 
@@ -155,7 +155,7 @@ def test_without_a_device_the_last_model_is_judged(quantized, limit: float, met:
     record, artifacts = quantized
     document = document_from_run(changed(record, budgets={"accuracy_drop": limit, "speedup": 2.0}), artifacts)
     drop, speedup = document.verdict.budgets
-    assert drop.value == pytest.approx(document.row("teacher").top1 - document.row("quantized").top1)
+    assert drop.value == pytest.approx(document.row("teacher").score - document.row("quantized").score)
     assert drop.met is met
     assert (speedup.value, speedup.met) == (None, None)
     assert document.verdict.status == "NOT_MEASURED"

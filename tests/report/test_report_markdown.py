@@ -30,7 +30,7 @@ def test_tables_parse(document):
 def test_ladder_and_latency(document):
     _, ladder, attack, latency, launches, *_ = tables_in(markdown_from_document(document))
     assert [row[0].strip() for row in ladder[2:]] == list(RUNG_LABELS.values())
-    assert ladder[2][1].strip() == percent(document.row("teacher").top1)
+    assert ladder[2][1].strip() == percent(document.row("teacher").score)
     assert "built on the device; see the row below" in ladder[7][-1]
     assert [[cell.strip() for cell in row] for row in attack[2:]] == [
         ["Teacher", "93.00%", "31.00%", "30.00 to 32.00%", "0.10%", "10,000"],

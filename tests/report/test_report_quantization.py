@@ -31,7 +31,7 @@ def test_what_was_done_names_the_calibration_set():
         assert part in text
     assert "No calibration image shows truck." in text
     assert "Ranges of activations: percentile 99.99." in text
-    assert "same class for 99.97% of 10,000 test samples; their logits differ by at most 0.0310." in text
+    assert "agree by 99.97% on 10,000 test samples (share of samples for which both name the same class); their" in text
 
 
 def test_a_seed_that_the_source_names_is_not_said_twice():
@@ -91,7 +91,7 @@ def test_what_is_in_float_and_what_the_search_tried():
     assert "Kept in float: stem." in passage.sentences
     assert "Rounded, but ONNX Runtime computes them in float all the same: stages.2.1.conv1." in passage.sentences
     search = " ".join(passage.sentences)
-    assert "met the budget: top-1 91.80% on the validation split with 1 of its layers in float" in search
+    assert "met the budget: Top-1 91.80% on the validation split with 1 of its layers in float" in search
     assert "its time ran out" in search
     assert "stem (19.5 dB), stages.0.0.conv1 (21.5 dB), stages.0.0.conv2 (23.5 dB)" in search
     assert [row.cells for row in passage.table.rows] == [("0", "87.10%"), ("7", "91.90%"), ("1", "91.80%")]
@@ -130,7 +130,8 @@ def test_classes_are_ordered_by_loss():
 
 def test_many_classes_say_what_is_left_out():
     classes = [
-        {"class": f"c{i}", "n": 10, "float_top1": 0.9, "top1": 0.9 - i / 100, "change": -i / 100} for i in range(1, 51)
+        {"class": f"c{i}", "n": 10, "float_score": 0.9, "score": 0.9 - i / 100, "change": -i / 100}
+        for i in range(1, 51)
     ]
     passage = passages(classes=classes)["classes"]
     assert list(cells(passage)) == [f"c{i}" for i in range(50, 40, -1)]
@@ -166,7 +167,7 @@ def test_a_very_deep_network_shows_its_worst_layers():
 
 
 def test_no_change_draws_no_classes():
-    classes = [{"class": name, "n": 5, "float_top1": 1.0, "top1": 1.0, "change": 0.0} for name in CLASSES]
+    classes = [{"class": name, "n": 5, "float_score": 1.0, "score": 1.0, "change": 0.0} for name in CLASSES]
     part = Quantization.model_validate(a_quantization() | {"classes": classes})
     assert "classes" not in quantization_figures.of_quantization(part)
     assert passages(classes=classes)["classes"].sentences == ("10 of 10 classes are predicted as well as before.",)

@@ -1,0 +1,62 @@
+"""A method meets its networks and its data; what does not fit is found here, before training."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from edgekd import registry
+from edgekd.data import Dataset
+from edgekd.errors import RecipeError
+from edgekd.methods import Method, Setting
+from edgekd.recipe import Train
+
+
+def attach(method: Method, student: nn.Module, teacher: nn.Module | None, dataset: Dataset, spec: Train) -> None:
+    """Attach a method to its networks, which are on one device, trained or not.
+
+    Raises RecipeError when it cannot learn from them: no teacher, taps that do not exist, options that do not fit.
+    """
+    if method.needs_teacher and teacher is None:
+        raise RecipeError(
+            f"the method {type(method).__name__} learns from a teacher, and there is none",
+            allowed="methods without a teacher: see needs_teacher in their files, scratch for one",
+            fix="give a teacher, or set distill.method = scratch",
+            key="distill.method",
+        )
+    device = next(student.parameters()).device
+    _check_task(method, dataset)
+    mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (dataset.mean, dataset.std))
+    example, labels = (
+        torch.from_numpy(dataset.normalize(dataset.train.images[:2])),
+        torch.from_numpy(dataset.train.labels),
+    )
+    setting = Setting(example.to(device), labels.to(device), dataset.num_classes, mean, std, spec.epochs, dataset.task)
+    method.attach(student, teacher, setting)
+    taps = method.student_taps.paths + method.teacher_taps.paths
+    if taps and spec.compile:
+        raise RecipeError(
+            "train.compile = true cannot be combined with a method that taps features",
+            allowed=f"the compiled network does not call the modules that are tapped: {', '.join(taps)}",
+            fix="set distill.train.compile = false",
+            key="distill.train.compile",
+        )
+
+
+def _check_task(method: Method, dataset: Dataset) -> None:
+    """Raise RecipeError when a method does not know what to make of the task's answers and labels."""
+    if method.tasks is not None and dataset.task.name not in method.tasks:
+        task = dataset.task.name
+        others = [entry.name for entry in registry.entries("method") if _takes(entry, task)]
+        raise RecipeError(
+            f"the method {type(method).__name__} learns {' or '.join(method.tasks) or 'no task at all'},"
+            f" and {dataset.name} is for {task}",
+            allowed=f"methods for {task}: {', '.join(others)}",
+            fix=f"--set distill.method={task if task in others else others[0]}",
+            key="distill.method",
+        )
+
+
+def _takes(entry: registry.Entry, task: str) -> bool:
+    tasks = getattr(entry.load(), "tasks", None)
+    return tasks is None or task in tasks
