@@ -9,7 +9,7 @@ from pydantic import Field
 
 from edgekd.errors import RecipeError, unknown
 from edgekd.recipe import Choice, Section, checked, checked_choice, choice_from_yaml, read_text
-from edgekd.yamlfile import mapping_from_yaml
+from edgekd.yamlfile import mapping_from_yaml, value_from_yaml
 
 _PACKAGE = Path(__file__).parent
 
@@ -82,3 +82,13 @@ def load(source: str) -> Target:
         origin.locate(error)
         raise
     return target.model_copy(update={"backends": complete})
+
+
+def with_backend(target: Target, text: str) -> Target:
+    """The target with another backend, written as in a target's file; by its name alone, with the target's options.
+
+    Raises RecipeError for a backend or an option that does not exist.
+    """
+    own: dict[str, str | dict[str, Any]] = {name: {name: options} for name, options in target.choices}
+    backend = value_from_yaml(text, "--backend") if text.startswith("{") else own.get(text, text)
+    return target.model_copy(update={"backends": [checked_choice(backend, "backend", "--backend")]})

@@ -16,7 +16,7 @@ LAYERS = (
     "errors", "yamlfile", "schedule", "registry", "artifact", "recipe", "target", "marks",
     "stats", "tasks", "data", "activations", "networks", "methods",
     "learning_rate", "checkpoint", "teacher_logits", "training_log", "distill", "parity", "export", "quantize",
-    "backends", "device", "bench", "stages", "preflight", "pipeline",
+    "backends", "device", "bench", "onnx_file", "stages", "preflight", "pipeline",
     "report", "catalog", "starter", "terminal", "cli", "__main__",
 )  # fmt: skip
 # Copied to the device as files: they import nothing of edgekd.
@@ -41,7 +41,7 @@ HEAVY = {
     "openvino": ("backends.openvino",),
     "tvm": ("backends.tvm",),
     "accelerate": ("teacher_logits", "distill", "stages", "pipeline"),
-    "onnx": ("activations", "export", "quantize", "backends", "stages"),
+    "onnx": ("activations", "export", "quantize", "backends", "onnx_file", "stages"),
     "onnxruntime": ("backends.onnxruntime", "quantize.sessions"),
     "typer": ("cli",),
     "rich": ("terminal",),

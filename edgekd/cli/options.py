@@ -20,6 +20,9 @@ TargetOption = Annotated[str, typer.Option("--target", "-t", help="Where the stu
 DeviceOption = Annotated[
     str | None, typer.Option("--device", metavar="URL", help="The machine to measure on; default: the target's.")
 ]
+BackendOption = Annotated[
+    str | None, typer.Option("--backend", metavar="NAME", help="Another backend than the target's first.")
+]
 StoreOption = Annotated[
     Path, typer.Option("--store", envvar="EDGEKD_STORE", help="Where artifacts and reports are kept.")
 ]

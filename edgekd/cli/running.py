@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekd.cli.onnx_files import compile_file
 from edgekd.cli.options import (
     STORE,
+    BackendOption,
     ColorOption,
     DebugOption,
     DeviceOption,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from edgekd.artifact import Store
     from edgekd.report import Document
     from edgekd.stages import Job
+    from edgekd.target import Target
     from edgekd.terminal import Terminal
 
 
@@ -57,6 +60,7 @@ def stage_command(name: str, summary: str) -> Callable[..., None]:
         recipe: RecipeArgument = None,
         target: TargetOption = "local",
         device: DeviceOption = None,
+        backend: BackendOption = None,
         set_: SetOption = None,
         store: StoreOption = STORE,
         dry_run: DryRunOption = False,
@@ -71,7 +75,11 @@ def stage_command(name: str, summary: str) -> Callable[..., None]:
                 "--quiet and --verbose exclude each other", allowed="expected: at most one", fix="leave one out"
             )
         terminal = terminal_of(no_color, verbosity=verbose - quiet)
-        job = job_of(name, recipe, target, device, set_ or [], store, terminal)
+        if name == "compile" and recipe is not None and recipe.endswith(".onnx"):
+            _check_has_no_recipe(set_, dry_run)
+            compile_file(Path(recipe), target_of(target, backend), device, store, terminal, json_)
+            return
+        job = job_of(name, recipe, target, device, set_ or [], store, terminal, backend)
         if name == "quantize":
             _check_quantizes(job)
         if dry_run:
@@ -100,12 +108,12 @@ def job_of(
     overrides: list[str],
     store: Path,
     terminal: Terminal,
+    backend: str | None = None,
 ) -> Job:
     """The job that a command line asks for."""
     from datetime import UTC, datetime
 
     from edgekd import recipe as recipes
-    from edgekd import target as targets
     from edgekd.artifact import Store
     from edgekd.stages import Job
 
@@ -113,20 +121,40 @@ def job_of(
     now = datetime.now(UTC)
     return Job(
         recipe=loaded,
-        target=targets.load(target),
+        target=target_of(target, backend),
         store=Store(store),
         run_id=f"{now:%Y%m%d-%H%M%S}-{loaded.name}-{os.getpid()}",
         created=now.isoformat(timespec="seconds"),
-        command=_command(command, recipe, target, device, overrides),
+        command=_command(command, recipe, target, device, backend, overrides),
         device=device or "",
         on_progress=terminal.on_progress,
     )
 
 
-def _command(command: str, recipe: str | None, target: str, device: str | None, overrides: list[str]) -> str:
+def _command(
+    command: str, recipe: str | None, target: str, device: str | None, backend: str | None, overrides: list[str]
+) -> str:
     """The line that reproduces a run."""
-    given = [*([recipe] if recipe else []), "--target", target, *(["--device", device] if device else [])]
+    given = [*([recipe] if recipe else []), "--target", target, *(["--device", device] if device else []),
+             *(["--backend", backend] if backend else [])]  # fmt: skip
     return shlex.join(["edgekd", command, *given, *(word for override in overrides for word in ("--set", override))])
+
+
+def target_of(name: str, backend: str | None) -> Target:
+    """The target of that name, compiled for by `backend` if one is named."""
+    from edgekd import target as targets
+
+    loaded = targets.load(name)
+    return loaded if backend is None else targets.with_backend(loaded, backend)
+
+
+def _check_has_no_recipe(overrides: list[str] | None, dry_run: bool) -> None:
+    if overrides or dry_run:
+        raise RecipeError(
+            f"edgekd compile MODEL.onnx takes no {'--set' if overrides else '--dry-run'}: there is no recipe to it",
+            allowed="with an ONNX file: --target, --backend, --device, --store, --json",
+            fix="leave it out; a backend's options go like this: --backend '{tvm: {tuning: quick}}'",
+        )
 
 
 def _check_quantizes(job: Job) -> None:
