@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from edgekd import registry, stages
+from edgekd.bench import loadgen
 from edgekd.device import Device
 from edgekd.errors import MissingError, RecipeError
 from edgekd.quantize.quantizers import TrainingQuantizer
@@ -85,6 +86,16 @@ def _check_mode(job: Job) -> None:
             fix="set export.batch = dynamic",
             key="benchmark.mode",
         )
+    if job.recipe.benchmark.loadgen:
+        loadgen.require()
+        url = job.device or job.target.device
+        if mode.name != "single_stream" or not url.startswith("local:"):
+            raise RecipeError(
+                f"benchmark.loadgen cannot check benchmark.mode = {mode.name} on {url}",
+                allowed="it times single inferences on this machine: mode single_stream, device local:",
+                fix="leave out --loadgen",
+                key="benchmark.loadgen",
+            )
 
 
 def _check_budget(job: Job) -> None:

@@ -105,9 +105,7 @@ class Train(Section):
     milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [0.5, 0.75], description="step: where lr falls, as shares of the epochs"
     )
-    gamma: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="step and plateau: the factor by which lr falls"
-    )
+    gamma: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="step and plateau: lr falls by this factor")
     patience: Positive = Field(10, description="plateau: epochs without a gain of 0.1 points before lr falls")
     ema: Fraction = Field(0.0, description="decay of a moving average of the weights; 0 is off")
     keep: Literal["best", "last"] = Field("best", description="which epoch's weights are kept, by validation score")
@@ -183,10 +181,11 @@ class Benchmark(Named):
     """How to measure on the device."""
 
     mode: str = Field("single_stream", description="how the engines are asked, see: edgekd list modes")
-    launches: Annotated[int, Field(ge=6)] = Field(
-        9, description="fresh processes that share the time: each gives a ratio"
-    )
+    launches: Annotated[int, Field(ge=6)] = Field(9, description="fresh processes, each of which gives a ratio")
     lock_clocks: bool = Field(False, description="fix the device's clocks meanwhile; needs root there")
+    loadgen: bool = Field(
+        False, description="also time both with MLPerf's LoadGen on this machine (extra of that name)"
+    )
     accuracy_samples: Positive | None = Field(None, description="test images for accuracy on the device; null: all")
 
 

@@ -43,6 +43,7 @@ HEAVY = {
     "accelerate": ("teacher_logits", "distill", "stages", "pipeline"),
     "onnx": ("activations", "export", "quantize", "backends", "onnx_file", "stages"),
     "onnxruntime": ("backends.onnxruntime", "quantize.sessions"),
+    "mlperf_loadgen": ("bench.loadgen",),
     "typer": ("cli",),
     "rich": ("terminal",),
     "matplotlib": ("report",),

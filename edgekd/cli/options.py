@@ -26,6 +26,12 @@ BackendOption = Annotated[
 StoreOption = Annotated[
     Path, typer.Option("--store", envvar="EDGEKD_STORE", help="Where artifacts and reports are kept.")
 ]
+LockClocksOption = Annotated[
+    bool, typer.Option("--lock-clocks", help="Hold the device's clocks at their highest meanwhile; needs root there.")
+]
+LoadgenOption = Annotated[
+    bool, typer.Option("--loadgen", help="Time both with MLPerf's LoadGen too, on this machine, as a cross-check.")
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show which stages would run.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]

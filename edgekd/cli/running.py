@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shlex
@@ -19,6 +20,8 @@ from edgekd.cli.options import (
     DeviceOption,
     DryRunOption,
     JsonOption,
+    LoadgenOption,
+    LockClocksOption,
     QuietOption,
     RecipeArgument,
     SetOption,
@@ -43,6 +46,8 @@ JUDGED = ("quantize", "build-student", "bench")
 LADDER_COLUMNS = (0, 1, 2, 3, 6, 7)  # rung, score, interval, to teacher, size, params
 
 
+# Options of those commands alone that measure on a device.
+MEASURING = ("lock_clocks", "loadgen")
 STAGE_COMMANDS = {
     "distill": "Train the teacher (or load it) and distill it into the student.",
     "export": "Export student and teacher to ONNX, checked against torch.",
@@ -63,6 +68,8 @@ def stage_command(name: str, summary: str) -> Callable[..., None]:
         backend: BackendOption = None,
         set_: SetOption = None,
         store: StoreOption = STORE,
+        lock_clocks: LockClocksOption = False,
+        loadgen: LoadgenOption = False,
         dry_run: DryRunOption = False,
         json_: JsonOption = False,
         quiet: QuietOption = False,
@@ -79,7 +86,9 @@ def stage_command(name: str, summary: str) -> Callable[..., None]:
             _check_has_no_recipe(set_, dry_run)
             compile_file(Path(recipe), target_of(target, backend), device, store, terminal, json_)
             return
-        job = job_of(name, recipe, target, device, set_ or [], store, terminal, backend)
+        flags = {"lock_clocks": lock_clocks, "loadgen": loadgen}
+        overrides = [*(set_ or []), *(f"benchmark.{flag}=true" for flag, given in flags.items() if given)]
+        job = job_of(name, recipe, target, device, overrides, store, terminal, backend)
         if name == "quantize":
             _check_quantizes(job)
         if dry_run:
@@ -88,6 +97,9 @@ def stage_command(name: str, summary: str) -> Callable[..., None]:
             _run(job, name, terminal, json_)
 
     command.__doc__ = summary
+    whole = inspect.signature(command, eval_str=True)
+    kept = [one for one in whole.parameters.values() if one.name not in MEASURING or name in ("bench", "run")]
+    command.__signature__ = whole.replace(parameters=kept)  # type: ignore[attr-defined]
     return command
 
 

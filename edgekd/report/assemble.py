@@ -71,6 +71,7 @@ def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Docume
         attack=_attack(record, artifacts, ladder),
         latency=_latencies(bench),
         mode=bench.result["mode"] if bench else NOT_BENCHED,
+        loadgen=bench.result.get("loadgen") if bench else None,
         training=_training(artifacts),
         confusion=_confusion(task, artifacts),
         activation=_activation(artifacts),

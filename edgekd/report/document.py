@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from edgekd.errors import StoreError
-from edgekd.report.measuring import Mode
+from edgekd.report.measuring import Loadgen, Mode
 from edgekd.report.part import AGREE, Absent, AccuracyChange, Count, Metric, Part, Positive, Ratio, Span
 from edgekd.report.quantization import Quantization
 
@@ -298,6 +298,7 @@ class Document(Part):
     attack: Attack | Absent = NOT_RECORDED
     latency: Latencies = Latencies()
     mode: Mode | Absent = NOT_RECORDED
+    loadgen: Loadgen | None = None
     training: dict[Network, Training | Absent] = Field({})
     confusion: Confusion | Absent = NOT_RECORDED
     activation: list[Activation] | Absent = NOT_RECORDED

@@ -99,4 +99,23 @@ class Sustained(Part):
     throttling: list[str]
 
 
+class LoadgenModel(Part):
+    """What LoadGen measured of one engine: medians over its turns; `agent_over_loadgen` is the ratio of the p50s."""
+
+    p50_ms: Positive
+    p90_ms: Positive
+    p99_ms: Positive
+    n: Count
+    p50_by_turn_ms: list[Positive]
+    agent_p50_ms: Positive
+    agent_over_loadgen: Positive
+
+
+class Loadgen(Part):
+    """The same engines under MLPerf's load generator, single stream, on the machine that they were measured on."""
+
+    version: str
+    models: dict[Model, LoadgenModel]
+
+
 Mode = Annotated[SingleStream | MultiStream | Offline | Fps | Sustained, Field(discriminator="name")]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from edgekd.report.document import Document
-from edgekd.report.formatting import DASH, milliseconds, number, percent, quantity, times
-from edgekd.report.measuring import Fps, MultiStream, Offline, Sustained, Window
+from edgekd.report.formatting import DASH, MINUS, milliseconds, number, percent, quantity, times
+from edgekd.report.measuring import Fps, Loadgen, MultiStream, Offline, Sustained, Window
 from edgekd.report.part import Absent
 from edgekd.report.passage import Passage
 from edgekd.report.tables import Row, Table
@@ -33,7 +33,10 @@ def passages(document: Document) -> list[Passage] | Absent:
             sentences, table = _fps(mode), _frames(mode)
         case Sustained():
             sentences, table = _sustained(mode), _windows(mode)
-    return [Passage(mode.name, HEADINGS[mode.name], sentences, table)]
+    found = [Passage(mode.name, HEADINGS[mode.name], sentences, table)]
+    if document.loadgen:
+        found.append(Passage("loadgen", "Cross-check by LoadGen", (), _loadgen(document.loadgen)))
+    return found
 
 
 def _multi_stream(mode: MultiStream) -> tuple[str, ...]:
@@ -155,3 +158,30 @@ def _windows(mode: Sustained) -> Table:
 def _ratio(window: Window) -> str:
     low, high = window.speedup.ci95
     return f"{times(window.speedup.value)} ({times(low)} to {times(high)})"
+
+
+def _loadgen(found: Loadgen) -> Table:
+    rows = [
+        Row(
+            (
+                model.capitalize(),
+                milliseconds(one.agent_p50_ms),
+                milliseconds(one.p50_ms),
+                percent(one.agent_over_loadgen - 1).replace("-", MINUS),
+                f"{milliseconds(min(one.p50_by_turn_ms))} to {milliseconds(max(one.p50_by_turn_ms))}",
+                milliseconds(one.p90_ms),
+                milliseconds(one.p99_ms),
+                f"{one.n:,}",
+            )
+        )
+        for model, one in found.models.items()
+    ]
+    columns = (
+        "Model", "p50, edgekd", "p50, LoadGen", "Difference", "LoadGen, by turn", "p90, LoadGen", "p99, LoadGen",
+        "Queries",
+    )  # fmt: skip
+    notes = (
+        f"MLPerf's LoadGen {found.version}, single stream, on the same machine after the benchmark, not between its "
+        "blocks: what other programs did meanwhile is in the difference.",
+    )
+    return Table("The same engines timed by LoadGen", columns, tuple(rows), notes)

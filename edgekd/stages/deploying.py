@@ -10,7 +10,7 @@ import numpy as np
 
 from edgekd import backends
 from edgekd.backends import Engine
-from edgekd.bench import benchmark
+from edgekd.bench import benchmark, loadgen
 from edgekd.errors import StageError
 from edgekd.stages.job import ENGINE, LABELS, LOGITS, MODEL, Inputs, Job, test_logits
 
@@ -58,6 +58,11 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
         if file.name != "samples.npy":  # the images can be made again from the data, and are large
             shutil.copy(file, out)
     np.save(out / LABELS, judge.labels)
+    if spec.loadgen:
+        job.on_progress(1.0, "timing both with LoadGen")
+        found["loadgen"] = loadgen.cross_check(
+            engines, job.images(0, loadgen.HOT_SAMPLES), seconds=job.mode().seconds, found=found["latency"]
+        )
     return found
 
 

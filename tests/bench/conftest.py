@@ -2,21 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from bench_engines import null_engine
 
-from edgekd.backends import Engine, write_settings
-from edgekd.backends.null import Null
+from edgekd.backends import Engine
 from edgekd.bench import benchmark
 from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.device import Device
 from edgekd.tasks import Judge
 from edgekd.tasks.classification import Classification
-
-
-def null_engine(folder, latency_ms, classes=3):
-    folder.mkdir()
-    settings = {"backend": "null", "threads": 1, "image": [1, 4, 4], "classes": classes, "latency_ms": latency_ms}
-    write_settings(folder, settings)
-    return Engine(folder.name, folder, Null.runner, "null")
 
 
 @pytest.fixture

@@ -111,3 +111,22 @@ def test_a_machine_without_sensors_is_said_to_have_none():
     assert drawn.caption.endswith("No sensor tells the temperature.")
     assert "hottest sensor" not in drawn.svg
     assert "The device reported no throttling." in passage("sustained", windows=windows, throttling=[]).sentences
+
+
+def test_both_timings_stand_side_by_side():
+    model = {
+        "p50_ms": 4.0, "p90_ms": 4.2, "p99_ms": 5.0, "n": 900, "p50_by_turn_ms": [3.9, 4.0, 4.1],
+        "agent_p50_ms": 4.06, "agent_over_loadgen": 1.015,
+    }  # fmt: skip
+    found = {"version": "6.0.17", "models": {"student": model, "teacher": model | {"agent_over_loadgen": 0.99}}}
+    document = a_document("single_stream", a_report() | {"loadgen": found})
+    mode, loadgen = measuring_tables.passages(document)
+    assert mode.name == "single_stream"
+    rows = cells(loadgen)
+    assert rows["Student"] == {
+        "Model": "Student", "p50, edgekd": "4.06 ms", "p50, LoadGen": "4.00 ms", "Difference": "1.50%",
+        "LoadGen, by turn": "3.90 ms to 4.10 ms", "p90, LoadGen": "4.20 ms", "p99, LoadGen": "5.00 ms",
+        "Queries": "900",
+    }  # fmt: skip
+    assert rows["Teacher"]["Difference"] == "−1.00%"
+    assert "LoadGen 6.0.17" in html_from_document(document)
