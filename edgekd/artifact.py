@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekd.errors import StoreError
+from edgekd.errors import CheckpointError, StoreError
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
@@ -197,6 +197,24 @@ def sha256_of(file: Path) -> str:
     """The sha256 of a file's content, in hexadecimal."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def by_content(value: Any) -> Any:
+    """`value` with the sha256 of the file in place of every path in it: what a file holds counts, not where it lies.
+
+    Raises CheckpointError when there is no such file.
+    """
+    if isinstance(value, Mapping):
+        return {key: by_content(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [by_content(one) for one in value]
+    if not isinstance(value, Path):
+        return value
+    if not value.is_file():
+        raise CheckpointError(
+            f"{value}: there is no such file", allowed="a file that the recipe names", fix="correct its path"
+        )
+    return {"sha256": sha256_of(value)}
 
 
 def _listed(folder: Path, file: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgekd import __version__, preflight, stages
-from edgekd.artifact import Artifact, Store, key_of, sha256_of
+from edgekd.artifact import Artifact, Store, by_content, key_of, sha256_of
 from edgekd.data import calibration
 from edgekd.errors import CheckpointError, RecipeError, StoreError, shown, unknown
 from edgekd.preflight import SUBJECTS
@@ -54,7 +54,7 @@ def _network(job: Job, part: str) -> dict[str, Any]:
     spec, data = getattr(job.recipe, part), job.recipe.data
     own = {"source_sha256": source} if (source := _source_sha256(spec.network)) else {}
     return {
-        part: spec.model_dump(mode="json", exclude={"checkpoint"}),
+        part: by_content(spec.model_dump(exclude={"checkpoint"})),
         "seed": job.recipe.seed,
         # The source's options are in the data's fingerprint, except for where its files lie.
         "data": data.model_dump(mode="json", exclude=set(data.options)),
@@ -78,7 +78,7 @@ def _teacher(job: Job) -> dict[str, Any]:
     if spec.checkpoint is None:
         return _network(job, "teacher")
     # A teacher that is only loaded depends neither on how it would be trained nor on the seed.
-    given = spec.model_dump(mode="json", exclude={"checkpoint", "train"})
+    given = by_content(spec.model_dump(exclude={"checkpoint", "train"}))
     return {
         **_network(job, "teacher"),
         "teacher": given,
@@ -93,7 +93,7 @@ def _scratch(job: Job) -> dict[str, Any]:
 
 def _student(job: Job) -> dict[str, Any]:
     # Where the teacher's logits come from does not change the student.
-    distill = job.recipe.distill.model_dump(mode="json", exclude={"scratch", "cache_teacher"})
+    distill = by_content(job.recipe.distill.model_dump(exclude={"scratch", "cache_teacher"}))
     return {**_network(job, "student"), "distill": distill}
 
 
@@ -118,7 +118,7 @@ def _quantize(job: Job) -> dict[str, Any]:
 
 def _finetune(job: Job) -> dict[str, Any]:
     # The student's digest stands for its network and data; how it is written as ONNX is part of what comes out.
-    distill = job.recipe.distill.model_dump(mode="json", exclude={"scratch", "cache_teacher"})
+    distill = by_content(job.recipe.distill.model_dump(exclude={"scratch", "cache_teacher"}))
     return {**_quantize(job), "distill": distill, "seed": job.recipe.seed, **_onnx("student", job)}
 
 

@@ -53,9 +53,39 @@ MethodChoice = typing.Annotated[
     pydantic.BeforeValidator(_completed_method),
     pydantic.WithJsonSchema({"type": ["string", "object"], "maxProperties": 1}),
 ]
+
+
+def _completed_network(value: Any) -> Any:
+    section = {"network": value} if isinstance(value, str) else value
+    if not isinstance(section, dict) or not isinstance(section.get("network"), str):
+        raise ValueError("NAME, or {network: NAME, option: value}")
+    own = {"network": section["network"], "activation": "relu", "checkpoint": None}
+    own |= {key: section[key] for key in own if section.get(key) is not None}
+    options = {key: value for key, value in section.items() if key not in own}
+    if ":" not in own["network"]:  # of somebody else's network, the options are its own affair
+        options = entry("network", own["network"]).validate(options, f"network {own['network']}", also=own)
+    if not isinstance(own["checkpoint"], str | None):
+        raise ValueError("checkpoint is the path of a file")
+    activation = {own["activation"]: {}} if isinstance(own["activation"], str) else own["activation"]
+    if not isinstance(activation, dict) or len(activation) != 1:
+        raise ValueError("activation is NAME, or {NAME: {option: value}}")
+    ((name, chosen),) = activation.items()
+    own["activation"] = {name: entry("activation", name).validate(chosen or {}, f"activation.{name}")}
+    own["checkpoint"] = None if own["checkpoint"] is None else Path(own["checkpoint"])
+    return own | options
+
+
+# A network as an option of another thing, written like the recipe's teacher: checked and completed, with
+# `activation` and `checkpoint`.
+NetworkChoice = typing.Annotated[
+    dict[str, Any],
+    pydantic.BeforeValidator(_completed_network),
+    pydantic.WithJsonSchema({"type": ["string", "object"]}),
+]
 # What an option's annotation may be made of; it is evaluated in this namespace and no other.
 _TYPES: dict[str, Any] = {
     "Literal": typing.Literal, "Path": Path, "Schedule": schedule.Schedule, "MethodChoice": MethodChoice,
+    "NetworkChoice": NetworkChoice,
     **{t.__name__: t for t in (bool, int, float, str, list, tuple, dict)},
 }  # fmt: skip
 
@@ -134,7 +164,7 @@ class Entry:
 
 def typename(annotation: Any) -> str:
     """An annotation as a user would write it: `int`, `"sgd" | "adamw"`, `list of float`, `schedule`, `null`."""
-    for kind, name in ((schedule.Schedule, "schedule"), (MethodChoice, "method")):
+    for kind, name in ((schedule.Schedule, "schedule"), (MethodChoice, "method"), (NetworkChoice, "network")):
         if annotation == kind:
             return name
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)

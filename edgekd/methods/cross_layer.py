@@ -2,7 +2,8 @@
 
 After Chou, Chiu, Liao, APSIPA Transactions on Signal and Information Processing 10:e18, 2021, of which the abstract was
 read: a cross-layer (Gram) matrix, two stages with 1x1 convolutions against unlike dimensions, an ensemble of teachers
-trained before and KL divergence. The formulas are a reconstruction [R]. G_ij is the flow between taps i and j:
+trained before (here the network `ensemble`) and KL divergence. The formulas are a reconstruction [R]. G_ij is the flow
+between taps i and j:
 
     stage 1, the share `first` of the training:   L = gram_weight sum over i < j of mean ( G_ij,T - G_ij,S )^2
     stage 2:  L = ce_weight CE + kd_weight tau^2 KL( mean over teachers of softmax(z_t / tau) || softmax(z / tau) )
@@ -12,9 +13,6 @@ The square is averaged over the matrix, so that its weight does not depend on th
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,17 +21,18 @@ from edgekd.errors import RecipeError
 from edgekd.methods import Setting, Step
 from edgekd.methods.flow import FlowMethod
 from edgekd.methods.options import above_zero, at_least_zero
-from edgekd.networks import load_weights
+from edgekd.methods.taps import Taps
+from edgekd.networks import member_paths
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
 
 
 @register("method", "cross_layer")
 class CrossLayer(FlowMethod):
-    """First the flows between all layers are matched, then the outputs of an ensemble of teachers.
+    """First the flows between all layers are matched, then the outputs of the teacher, or of all of an ensemble.
 
     first: share of the training for the flows alone. gram_weight: of their term. kd_weight, ce_weight, temperature: of
-    the rest. teachers: weights of further teachers of the teacher's architecture, for the ensemble.
+    the rest.
     student_taps, teacher_taps: module paths, in pairs; null is the ends of all stages of edgekd's own networks.
     """
 
@@ -47,13 +46,12 @@ class CrossLayer(FlowMethod):
         kd_weight: float | Schedule = 0.7,
         ce_weight: float | Schedule = 0.3,
         temperature: float | Schedule = 4.0,
-        teachers: list[Path] | None = None,
         student_taps: list[str] | None = None,
         teacher_taps: list[str] | None = None,
     ) -> None:
         super().__init__(student_taps, teacher_taps)
         self.first, self.gram_weight, self.kd_weight, self.ce_weight = first, gram_weight, kd_weight, ce_weight
-        self.temperature, self.files = temperature, teachers or []
+        self.temperature = temperature
         above_zero("temperature", temperature, 4)
         for name, option in (("gram_weight", gram_weight), ("kd_weight", kd_weight), ("ce_weight", ce_weight)):
             at_least_zero(name, option, 1)
@@ -64,16 +62,14 @@ class CrossLayer(FlowMethod):
                 fix="--set distill.first=0.25",
                 key="distill.first",
             )
-        self._ensemble: list[nn.Module] = []  # a list: they are not trained, nor saved with the method
+        self._members: list[str] = []
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
-        """Make the adapters, and load the ensemble. Raises CheckpointError when weights do not fit the teacher."""
+        """Make the adapters, and tap what the members of an ensemble answer."""
         super().attach(student, teacher, setting)
-        for file in self.files:
-            other = copy.deepcopy(teacher)
-            assert other is not None
-            load_weights(other, file)
-            self._ensemble.append(other.eval().requires_grad_(False))
+        assert teacher is not None
+        self._members = member_paths(teacher)
+        self.teacher_taps = self.teacher_taps | Taps(teacher, self._members, "teacher")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """{gram: scalar} in the first stage, {ce: scalar, kd: scalar} in the second."""
@@ -92,5 +88,5 @@ class CrossLayer(FlowMethod):
     @torch.no_grad()
     def ensemble(self, step: Step, temperature: float) -> Tensor:
         """[B, K]: the mean of all teachers' softened probabilities."""
-        logits = [step.teacher_logits, *(other(step.x).float() for other in self._ensemble)]
+        logits = [step.teacher_features[path] for path in self._members] or [step.teacher_logits]
         return torch.stack([(one / temperature).softmax(1) for one in logits]).mean(0)

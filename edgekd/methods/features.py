@@ -26,6 +26,7 @@ class FeatureMethod(Method):
     def __init__(self, student_taps: list[str] | None, teacher_taps: list[str] | None) -> None:
         super().__init__()
         self._given = student_taps, teacher_taps
+        self._pairs: list[tuple[str, str]] = []
         self.student_sizes: list[torch.Size] = []
         self.teacher_sizes: list[torch.Size] = []
 
@@ -37,15 +38,15 @@ class FeatureMethod(Method):
             Taps(student, of_student, "student"),
             Taps(teacher, of_teacher, "teacher"),
         )
+        self._pairs = list(zip(of_student, of_teacher, strict=True))
         seen = self.student_taps.probe(student, setting.example), self.teacher_taps.probe(teacher, setting.example)
         self.student_sizes = [self._size(seen[0][path], path, "student") for path in of_student]
         self.teacher_sizes = [self._size(seen[1][path], path, "teacher") for path in of_teacher]
 
     def pairs(self, step: Step) -> list[tuple[Tensor, Tensor]]:
         """The features of this batch, the student's with gradient: maps [B, C, H, W], or embeddings [B, D]."""
-        students = [self._shaped(step.student_features[path]) for path in self.student_taps.paths]
-        teachers = [self._shaped(step.teacher_features[path]) for path in self.teacher_taps.paths]
-        return list(zip(students, teachers, strict=True))
+        students, teachers = step.student_features, step.teacher_features
+        return [(self._shaped(students[own]), self._shaped(teachers[other])) for own, other in self._pairs]
 
     def _paths(self, student: nn.Module, teacher: nn.Module) -> tuple[list[str], list[str]]:
         given = self._given

@@ -14,6 +14,7 @@ from edgekd.errors import RecipeError
 from edgekd.networks.activation_swap import swap_activations
 from edgekd.networks.adapters import foreign_network
 from edgekd.networks.counts import example_of, probing
+from edgekd.networks.weights import load_weights
 
 if TYPE_CHECKING:
     from edgekd.data import Shape
@@ -50,6 +51,7 @@ def build(
         network.float().train()
         _check_logits(name, network, shape, (num_classes, *maps))
         if activation[0] != "relu":
+            _check_untrained(name, network, activation[0])
             report = swap_activations(network, *activation, example_of(network, shape))
             if not report.swapped:
                 raise RecipeError(
@@ -61,6 +63,35 @@ def build(
             for path, why in report.left.items():
                 _log.warning("network %s keeps its own activation %s: %s", name, path, why)
     return network
+
+
+def build_chosen(chosen: Mapping[str, Any], shape: Shape, num_classes: int) -> nn.Module:
+    """Build what a `NetworkChoice` names, with the weights of its checkpoint if it has one.
+
+    Its other weights depend on torch's random state. Raises what `build` and `load_weights` raise.
+    """
+    beside = ("network", "activation", "checkpoint")
+    ((activation, activation_options),) = chosen["activation"].items()
+    options = {key: value for key, value in chosen.items() if key not in beside}
+    seed = int(torch.randint(1 << 31, ()))
+    network = build(chosen["network"], options, shape, num_classes, (activation, activation_options), seed)
+    if chosen["checkpoint"] is not None:
+        load_weights(network, chosen["checkpoint"])
+    return network
+
+
+def is_trained(network: nn.Module) -> bool:
+    """Whether a network brought its weights along when it was built: there is nothing to train or to load."""
+    return bool(getattr(network, "is_trained", False))
+
+
+def _check_untrained(name: str, network: nn.Module, activation: str) -> None:
+    if is_trained(network):
+        raise RecipeError(
+            f'network "{name}" is trained already, and activation {activation!r} would change it',
+            allowed="its members have activations of their own: {network: NAME, activation: NAME, checkpoint: FILE}",
+            fix="give the activation to its members",
+        )
 
 
 def _check_logits(name: str, network: nn.Module, shape: Shape, outputs: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd import registry
-from edgekd.artifact import LOG
+from edgekd.artifact import LOG, by_content
 from edgekd.quantize.quantizers import TrainingQuantizer
 from edgekd.recipe import Train
 from edgekd.stages.exporting import export_settings
@@ -32,10 +32,11 @@ def teacher(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     from edgekd import distill, networks
 
     network, spec = job.build("teacher"), job.recipe.teacher
-    if spec.checkpoint is None:
+    if spec.checkpoint is None and not networks.is_trained(network):
         trained = _train(job, network, spec.train, registry.create("method", "scratch"), None, work, None)
         return _network_result(job, "teacher", network, trained, out, work)
-    networks.load_weights(network, spec.checkpoint)
+    if spec.checkpoint is not None:
+        networks.load_weights(network, spec.checkpoint)
     return _network_result(job, "teacher", network.to(distill.processes().device), None, out, work)
 
 
@@ -139,7 +140,7 @@ def _network_result(
     logits = distill.predict(network, dataset.test, dataset)
     np.save(out / LOGITS, logits)
     np.save(out / LABELS, dataset.test.labels)
-    about = {"network": part.network, "options": part.options, "activation": part.activation}
+    about = {"network": part.network, "options": by_content(part.options), "activation": part.activation}
     shape = {"shape": list(astuple(dataset.shape)), "outputs": list(dataset.outputs)}
     networks.save_weights(network, out / WEIGHTS, {**about, **shape})
     x = dataset.normalize(dataset.val.images[: distill.evaluation_batch(dataset)])

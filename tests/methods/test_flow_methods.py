@@ -7,9 +7,10 @@ import pytest
 import torch
 from method_pairs import B, arrays, attached, cross_entropy, network, one_step, pair, softmax, step_of
 
-from edgekd import networks, registry
+from edgekd import registry
 from edgekd.errors import RecipeError
 from edgekd.methods.flow import flow
+from edgekd.networks import Ensemble
 
 
 def gram(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -51,25 +52,30 @@ def test_cross_layer_matches_all_flows_first(progress, first):
     assert terms == {"gram": pytest.approx(0.5 * expected, rel=1e-3)}
 
 
-def test_cross_layer_then_distils_the_ensemble(tmp_path):
-    files = []
-    for seed in (5, 6):
-        files.append(tmp_path / f"{seed}.safetensors")
-        networks.save_weights(network(0.375, seed), files[-1], {})
-    options = {"kd_weight": 0.6, "ce_weight": 0.2, "temperature": 2.0, "teachers": [str(file) for file in files]}
-    student, teacher = pair()
-    method = attached("cross_layer", student, teacher, **options)
+def test_cross_layer_then_distils_every_member_of_an_ensemble():
+    student, members = network(0.25, 0), [network(0.375, seed) for seed in (5, 6)]
+    teacher = Ensemble(members, "logits").eval().requires_grad_(False)
+    method = attached("cross_layer", student, teacher, kd_weight=0.6, ce_weight=0.2, temperature=2.0)
     step = step_of(method, student, teacher, progress=0.25)
     terms = method(step)
-    others = [network(0.375, seed).eval()(step.x).detach().double().numpy() for seed in (5, 6)]
-    ensemble = np.mean([softmax(z / 2) for z in (step.teacher_logits.double().numpy(), *others)], axis=0)
+    answers = [softmax(member(step.x).double().numpy() / 2) for member in members]
+    assert not np.allclose(*answers, atol=1e-2)
+    ensemble = np.mean(answers, axis=0)
     q = softmax(step.student_logits.detach().double().numpy() / 2)
     assert terms.keys() == {"ce", "kd"}
     assert terms["kd"].item() == pytest.approx(0.6 * 4 * (ensemble * np.log(ensemble / q)).sum(1).mean(), rel=1e-3)
     assert terms["ce"].item() == pytest.approx(
         0.2 * cross_entropy(step.student_logits.detach().numpy(), step.y.numpy())
     )
-    assert not [name for name in method.state_dict() if not name.startswith("adapters")]  # the ensemble is not saved
+    # The flows are those of the first member, and no weights of the ensemble are saved with the method.
+    assert method.teacher_taps.paths[:3] == ("members.0.stages.0", "members.0.stages.1", "members.0.stages.2")
+    assert not [name for name in method.state_dict() if not name.startswith("adapters")]
+
+
+def test_cross_layer_of_one_teacher():
+    terms, step, _ = one_step("cross_layer", progress=0.5, kd_weight=1.0, temperature=3.0)
+    p, q = (softmax(z.detach().double().numpy() / 3) for z in (step.teacher_logits, step.student_logits))
+    assert terms["kd"] == pytest.approx(9 * (p * np.log(p / q)).sum(1).mean(), rel=1e-3)
 
 
 @pytest.mark.parametrize(("reach", "between"), [(1, [(0, 1), (1, 2)]), (2, [(0, 1), (0, 2), (1, 2)])])

@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from plain_networks import PLAIN_NETWORKS
 from small_models import images, run
 
-from edgekd import activations, export, networks, registry
+from edgekd import activations, export, networks
 from edgekd.activations import multi_segment_layers
 from edgekd.data import Shape
 from edgekd.quantize import account, dialects, ptq, rules
@@ -32,7 +33,7 @@ ACTIVATIONS = {
 SHAPE = Shape(3, 12, 12)
 ZOO = [
     pytest.param(name, activation, marks=[] if (name, activation) == ("resnet", "lma") else [pytest.mark.slow])
-    for name in registry.names("network") for activation in ACTIVATIONS
+    for name in PLAIN_NETWORKS for activation in ACTIVATIONS
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import onnx
 import onnx.parser
 import pytest
 from onnx import TensorProto, numpy_helper
+from plain_networks import PLAIN_NETWORKS
 from small_models import images, residual_model, run
 from test_quantize_dialects import SHAPE, exported
 
@@ -176,7 +177,7 @@ def test_what_a_recipe_names(residual, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", ["relu", "lma continuous"])
-@pytest.mark.parametrize("name", registry.names("network"))
+@pytest.mark.parametrize("name", PLAIN_NETWORKS)
 def test_the_zoo(tmp_path, name, activation):
     exported(tmp_path / "float.onnx", name, activation)
     facts, model = converted(tmp_path / "float.onnx")

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from plain_networks import PLAIN_NETWORKS
 from small_models import images, run
 from test_quantize_buckets import q
 from test_quantize_dialects import SMALL
@@ -117,7 +118,7 @@ def test_the_file_is_small_and_computes_what_torch_computes(tmp_path, float_mode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in registry.names("network") if name != "resnet"])
+@pytest.mark.parametrize("name", [name for name in PLAIN_NETWORKS if name != "resnet"])
 def test_the_zoo(tmp_path, name):
     write_onnx(student(name), tmp_path / "float.onnx", **EXPORT)
     check_the_file(tmp_path, student(name), 4, tmp_path / "float.onnx")

@@ -1,0 +1,100 @@
+"""An assistant that grows between student and teacher while both learn.
+
+After Xu et al., "Efficient knowledge distillation for liver CT segmentation using growing assistant
+network" (GTAN), Physics in Medicine and Biology 66(23), 2021, of which the abstract was read: an assistant grows from
+the student toward the teacher, and the student distils from it; and after Mirzadeh et al., "Improved Knowledge
+Distillation via Teacher Assistant" (TAKD), AAAI 2020. How the assistant grows is a reconstruction [R]. With A the
+assistant, S the student, T the teacher, at every step of one training
+
+    L = ce_weight CE(z_S, y) + kd_weight tau^2 KL(z_A || z_S)     z_A a constant in the student's part
+      + ce_weight CE(z_A, y) + kd_weight tau^2 KL(z_T || z_A)
+
+    z_A = sum over groups g <= s of scale_g z_g        in phase s of `groups` phases of equal length
+
+Each group is a network of the student's architecture with weights of its own: the assistant is a network of s times the
+student's width whose channels form s groups, and a new group comes in with scale 0. So growing changes no output, as in
+net2net (Chen, Goodfellow, Shlens, ICLR 2016), and it needs no knowledge of the network's graph: any student's
+architecture can grow, where net2net's rules for wider layers would have to follow shortcuts and concatenations.
+The first phase's assistant is as large as the student; a group is computed from its own phase on only.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgekd.errors import RecipeError
+from edgekd.methods import Method, Setting, Step
+from edgekd.methods.divergence import divergence
+from edgekd.methods.options import above_zero, at_least_zero
+from edgekd.registry import register
+from edgekd.schedule import Schedule, value_at
+
+
+@register("method", "growing_assistant")
+class GrowingAssistant(Method):
+    """The student learns from an assistant that learns from the teacher and grows, group by group, as they train.
+
+    groups: student-sized parts of the assistant in the end, and phases of the training. kd_weight: of the divergences.
+    ce_weight: of the labels. temperature: tau.
+    """
+
+    uses_all_parameters = False  # a group is used from its phase on
+
+    def __init__(
+        self,
+        *,
+        groups: int = 4,
+        kd_weight: float | Schedule = 0.7,
+        ce_weight: float | Schedule = 0.3,
+        temperature: float | Schedule = 4.0,
+    ) -> None:
+        super().__init__()
+        self.kd_weight, self.ce_weight, self.temperature = kd_weight, ce_weight, temperature
+        above_zero("temperature", temperature, 4)
+        at_least_zero("kd_weight", kd_weight, 0.7)
+        at_least_zero("ce_weight", ce_weight, 0.3)
+        if groups < 2:
+            raise RecipeError(
+                f"distill.groups = {groups} is not valid",
+                allowed="expected: 2 or more; an assistant of one group does not grow",
+                fix="--set distill.groups=4",
+                key="distill.groups",
+            )
+        self.count = groups
+        self.groups = nn.ModuleList()
+
+    def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
+        """Make all groups, each with weights of its own by the layers' usual initialisation."""
+        for _ in range(self.count):
+            group = copy.deepcopy(student).requires_grad_(True).train()
+            for module in group.modules():
+                if callable(initialise := getattr(module, "reset_parameters", None)):
+                    initialise()
+            self.groups.append(group)
+        first = torch.arange(self.count, device=setting.example.device) == 0
+        self.scale = nn.Parameter(first.float())
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """{ce, kd: the student's scalars; assistant_ce, assistant_kd: the assistant's}."""
+        tau = value_at(self.temperature, step.progress)
+        ce_weight = value_at(self.ce_weight, step.progress)
+        kd_weight = value_at(self.kd_weight, step.progress) * tau**2
+        phase = min(self.count, 1 + int(step.progress * self.count))
+        logits = self.assistant(step.x, phase)
+        step.record("groups", phase)
+        step.record("assistant_accuracy", (logits.argmax(1) == step.y).float().mean())
+        return {
+            "ce": ce_weight * F.cross_entropy(step.student_logits, step.y),
+            "kd": kd_weight * divergence(logits.detach(), step.student_logits, tau),
+            "assistant_ce": ce_weight * F.cross_entropy(logits, step.y),
+            "assistant_kd": kd_weight * divergence(step.teacher_logits, logits, tau),
+        }
+
+    def assistant(self, x: Tensor, phase: int) -> Tensor:
+        """The logits [B, K] of the assistant as large as in this phase, 1 to `groups`, for images [B, C, H, W]."""
+        answers = [self.scale[number] * group(x).float() for number, group in enumerate(self.groups[:phase])]
+        return torch.stack(answers).sum(0)
