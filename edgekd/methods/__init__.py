@@ -28,9 +28,9 @@ CLASSIFICATION = Classification()
 class Setting:
     """What a method may know of the training before it begins.
 
-    example: float32 [B, C, H, W], two training images or more, normalised, on the networks' device. labels: [N, ...]
-    of all training samples, for the task. mean, std: [C, 1, 1], what the images were normalised with, on the
-    0..1 scale.
+    example: float32 [B, C, H, W], two training images or more, normalised, on the networks' device; images(n): n of
+    them, or all there are. labels: [N, ...] of all training samples, for the task. mean, std: [C, 1, 1], what the
+    images were normalised with, on the 0..1 scale.
     """
 
     example: Tensor
@@ -39,6 +39,7 @@ class Setting:
     mean: Tensor
     std: Tensor
     epochs: int
+    images: Callable[[int], Tensor]
     task: Task = CLASSIFICATION
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgekd import registry
 from edgekd.data import Dataset
@@ -27,11 +27,12 @@ def attach(method: Method, student: nn.Module, teacher: nn.Module | None, datase
     device = next(student.parameters()).device
     _check_task(method, dataset)
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (dataset.mean, dataset.std))
-    example, labels = (
-        torch.from_numpy(dataset.normalize(dataset.train.images[:2])),
-        torch.from_numpy(dataset.train.labels),
-    )
-    setting = Setting(example.to(device), labels.to(device), dataset.num_classes, mean, std, spec.epochs, dataset.task)
+    labels = torch.from_numpy(dataset.train.labels).to(device)
+
+    def images(n: int) -> Tensor:
+        return torch.from_numpy(dataset.normalize(dataset.train.images[:n])).to(device)
+
+    setting = Setting(images(2), labels, dataset.num_classes, mean, std, spec.epochs, images, dataset.task)
     method.attach(student, teacher, setting)
     taps = method.student_taps.paths + method.teacher_taps.paths
     if taps and spec.compile:

@@ -4,10 +4,12 @@ from edgekd.networks.activation_swap import SwapReport, swap_activations
 from edgekd.networks.building import build, build_chosen, is_trained
 from edgekd.networks.counts import count_macs, count_params
 from edgekd.networks.ensemble import Ensemble, member_paths
+from edgekd.networks.spread import Spread
 from edgekd.networks.weights import load_weights, read_weights, save_weights
 
 __all__ = [
     "Ensemble",
+    "Spread",
     "SwapReport",
     "build",
     "build_chosen",

@@ -24,15 +24,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dfad": {"student_steps": 2, "latent": 8},
     "crd": {"negatives": 16, "dimensions": 8},
 }
+# What a method teaches, where that is not any network.
+STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "spread": ("spread", {"part": {"network": "resnet", "depth": 8, "width": 0.25}, "boards": 3, "filters": 24}),
+}
 
 
 def network(width: float, seed: int, depth: int = 8) -> nn.Module:
     return networks.build("resnet", {"depth": depth, "width": width}, SHAPE, K, ("relu", {}), seed)
 
 
-def pair() -> tuple[nn.Module, nn.Module]:
+def student_of(method: str, classes: int = K) -> nn.Module:
+    """A student that the method can teach."""
+    name, options = STUDENTS.get(method, ("resnet", {"depth": 8, "width": 0.25}))
+    return networks.build(name, options, SHAPE, classes, ("relu", {}), 0)
+
+
+def pair(method: str = "") -> tuple[nn.Module, nn.Module]:
     """Student and teacher with other channels than the student's."""
-    return network(0.25, 0), network(0.375, 1).eval().requires_grad_(False)
+    return student_of(method), network(0.375, 1).eval().requires_grad_(False)
 
 
 def task_of(method: Method) -> Task:
@@ -52,7 +62,8 @@ def setting(epochs: int = 2, task: Task = CLASSIFICATION) -> Setting:
     generator = torch.Generator().manual_seed(3)
     return Setting(
         torch.randn(2, 1, 8, 8, generator=generator), labels_of(task), K,
-        torch.full((1, 1, 1), 0.3), torch.full((1, 1, 1), 0.4), epochs, task,
+        torch.full((1, 1, 1), 0.3), torch.full((1, 1, 1), 0.4), epochs,
+        lambda n: torch.randn(min(n, N), 1, 8, 8, generator=torch.Generator().manual_seed(6)), task,
     )  # fmt: skip
 
 
@@ -78,7 +89,7 @@ def step_of(method: Method, student: nn.Module, teacher: nn.Module, progress: fl
 
 def one_step(name: str, progress: float = 0.25, **options: Any) -> tuple[dict[str, float], Step, Method]:
     """A fresh method's terms as numbers, its step, and the method."""
-    student, teacher = pair()
+    student, teacher = pair(name)
     method = attached(name, student, teacher, **options)
     step = step_of(method, student, teacher, progress)
     torch.manual_seed(4)

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from method_pairs import OPTIONS, B, K, attached, network, pair, step_of, task_of
+from method_pairs import OPTIONS, B, K, attached, network, pair, step_of, student_of, task_of
 
 from edgekd import data, distill, export, registry
 from edgekd.data import Dataset
@@ -35,7 +35,7 @@ def total(method: Method, student, teacher, progress: float = 0.25) -> torch.Ten
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_teaches_the_student_and_leaves_the_teacher(name):
-    student, teacher = pair()
+    student, teacher = pair(name)
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     method = attached(name, student, teacher).train()
     terms = method(step_of(method, student, teacher))
@@ -57,7 +57,7 @@ def test_every_method_teaches_the_student_and_leaves_the_teacher(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_no_method_leaves_a_trace_in_the_networks(name):
-    student, teacher = pair()
+    student, teacher = pair(name)
     method = attached(name, student, teacher)
     total(method, student, teacher)
     assert not [module for one in (student, teacher) for module in one.modules() if module._forward_hooks]
@@ -65,7 +65,7 @@ def test_no_method_leaves_a_trace_in_the_networks(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_state_of_every_method_is_in_its_state_dict(name):
-    student, teacher = pair()
+    student, teacher = pair(name)
     method = attached(name, student, teacher)
     total(method, student, teacher)
     saved = {key: value.clone() for key, value in method.state_dict().items()}
@@ -83,16 +83,14 @@ class Kill(Exception):  # noqa: N818
 
 def train(name: str, digits: dict[str, Dataset], work: Path, die_at: int = 0) -> torch.nn.Module:
     """Two epochs of five batches; with `die_at` once killed after that batch, and resumed."""
-    student, teacher = network(0.25, 0).eval(), network(0.375, 1)
     method = bare(name)
     dataset = digits[task_of(method).name]
     (outputs,) = dataset.outputs
-    student.fc = torch.nn.Linear(student.fc.in_features, outputs)
+    student, teacher = student_of(name, outputs).eval(), network(0.375, 1)
     teacher.fc = torch.nn.Linear(teacher.fc.in_features, outputs)
     torch.manual_seed(5)
-    for one in (student, teacher):
-        torch.nn.init.normal_(one.fc.weight, 0, 0.3)
-        torch.nn.init.zeros_(one.fc.bias)
+    torch.nn.init.normal_(teacher.fc.weight, 0, 0.3)
+    torch.nn.init.zeros_(teacher.fc.bias)
 
     def on_progress(progress: distill.Progress) -> None:
         if progress.done == die_at:

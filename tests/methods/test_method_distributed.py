@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_pairs import OPTIONS, attached, pair
+from method_pairs import OPTIONS, attached, pair, student_of
 
 from edgekd import data, distill, networks, registry
 from edgekd.recipe import Augment, Train
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["edgekd.distill", "edgekd.networks", "sklearn.datasets"])
-OWNERS = [name for name in registry.names("method") if list(attached(name, *pair()).parameters())]
+OWNERS = [name for name in registry.names("method") if list(attached(name, *pair(name)).parameters())]
 ATTACKERS = ["ard", "bss"]  # they meet the student several times in a step
 
 
@@ -24,7 +24,7 @@ def train_here(name: str, folder: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     dataset = data.load("digits", {}, train_limit=60)
-    student = networks.build("resnet", {"depth": 8, "width": 0.25}, dataset.shape, 10, ("relu", {}), 0)
+    student = student_of(name, classes=10)
     teacher = networks.build("resnet", {"depth": 8, "width": 0.375}, dataset.shape, 10, ("relu", {}), 1)
     method = registry.create("method", name, options=OPTIONS.get(name, {}))
     distill.train(
@@ -64,7 +64,7 @@ def test_two_processes_end_with_the_same_student_and_the_same_method(name, tmp_p
         for key in own:
             if own is student or "running" not in key:
                 assert torch.equal(own[key], other[key]), key
-    start = attached(name, *pair()).state_dict()
+    start = attached(name, *pair(name)).state_dict()
     assert name in ATTACKERS or any(
         not torch.equal(value, start[key]) for key, value in method.items() if value.shape == start[key].shape
     )
