@@ -38,14 +38,18 @@ def export(
     dynamic_batch: bool,
     form: str,
     metadata: Mapping[str, Any],
+    names: tuple[str, str] = (INPUT, OUTPUT),
 ) -> dict[str, Any]:
     """Write `network` to `path` as ONNX and return what is in it: opset, form, operators, size.
 
-    example: float32 [1, C, H, W]. form: the ONNX form of its multi-segment activations. metadata: put into the model,
-    values that are no strings as JSON. Batch normalisation is folded into the convolution or linear layer before it.
+    example: float32 [1, C, H, W], or what else the network takes. form: the ONNX form of its multi-segment activations.
+    metadata: put into the model, values that are no strings as JSON. names: of input and output. Batch normalisation
+    is folded into the convolution or linear layer before it.
     Raises ExportError when torch cannot export the network, or only for one batch size where any is asked for.
     """
-    model = _traced(activations.frozen(network, form).cpu().eval(), torch.from_numpy(example), opset, dynamic_batch)
+    model = _traced(
+        activations.frozen(network, form).cpu().eval(), torch.from_numpy(example), opset, dynamic_batch, names
+    )
     activations.add_function(model)
     _strip(model)
     model.producer_name, model.producer_version = "edgekd", __version__
@@ -69,15 +73,17 @@ def operators(model: onnx.ModelProto) -> dict[str, int]:
     return dict(sorted(count.items()))
 
 
-def _traced(network: nn.Module, x: torch.Tensor, opset: int, dynamic_batch: bool) -> onnx.ModelProto:
+def _traced(
+    network: nn.Module, x: torch.Tensor, opset: int, dynamic_batch: bool, names: tuple[str, str]
+) -> onnx.ModelProto:
     # A batch of one would be taken for a constant: the exporter needs two to see that it may vary.
     sample = torch.cat([x, x]) if dynamic_batch else x
     shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},) if dynamic_batch else None
     try:
         with quiet():
             program = torch.onnx.export(
-                network, (sample,), dynamo=True, opset_version=opset, dynamic_shapes=shapes, input_names=[INPUT],
-                output_names=[OUTPUT], verbose=False,
+                network, (sample,), dynamo=True, opset_version=opset, dynamic_shapes=shapes, input_names=[names[0]],
+                output_names=[names[1]], verbose=False,
             )  # fmt: skip
     except Exception as error:
         raise ExportError(

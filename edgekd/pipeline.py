@@ -153,6 +153,10 @@ def _attacks(job: Job) -> bool:
     return job.recipe.attack is not None
 
 
+def _spreads(job: Job) -> bool:
+    return job.recipe.student.network == "spread"
+
+
 def _finetunes(job: Job) -> bool:
     return job.quantizer().trains
 
@@ -167,6 +171,7 @@ TABLE: tuple[Stage, ...] = (
     Stage("scratch", stages.scratch, _scratch, wanted=lambda job: job.recipe.distill.scratch, trains=True),
     Stage("student", stages.student, _student, ("teacher",), trains=True),
     Stage("attack", stages.attack, _attack, ("teacher", "scratch", "student"), wanted=_attacks),
+    Stage("parts", stages.parts, partial(_onnx, "student"), ("student",), wanted=_spreads),
     *(Stage(f"onnx-{one}", partial(stages.onnx, one), partial(_onnx, one), (one,)) for one in SUBJECTS),
     Stage("finetune", stages.finetune, _finetune, ("teacher", "student"), wanted=_finetunes, trains=True),
     Stage(

@@ -47,7 +47,7 @@ def onnx(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[
     job.on_progress(0.5, "comparing with torch")
     try:
         small = inputs[subject].result["macs"] * len(test) < SMALL_MACS
-        logits = test_logits(job, _reference(out / MODEL, work, threads=1 if small else len(os.sched_getaffinity(0))))
+        logits = test_logits(job, reference(out / MODEL, work, threads=1 if small else len(os.sched_getaffinity(0))))
     except Exception as error:  # ONNX Runtime's own, which have no common class
         raise ExportError(
             f"ONNX Runtime cannot run {subject}.onnx: {(str(error).splitlines() or [type(error).__name__])[0]}",
@@ -79,7 +79,7 @@ def quantize(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
         facts = quantizer.write(exported.file(MODEL), out / MODEL, _samples(job, inputs, samples))
     job.on_progress(0.8, "measuring on the test set")
     # ONNX Runtime's optimizer rounds biases, which TensorRT does not: here the graph is computed as it is written.
-    logits = test_logits(job, _reference(out / MODEL, work, threads=1, graph_optimization="disabled"))
+    logits = test_logits(job, reference(out / MODEL, work, threads=1, graph_optimization="disabled"))
     np.save(out / LOGITS, logits)
     np.save(out / LABELS, dataset.test.labels)
     measured, before = job.measured(logits), np.load(exported.file(LOGITS))
@@ -179,7 +179,7 @@ def _metadata(job: Job, subject: str, artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _reference(model: Path, work: Path, threads: int, graph_optimization: str = "all") -> Callable[[Array], Array]:
+def reference(model: Path, work: Path, threads: int, graph_optimization: str = "all") -> Callable[[Array], Array]:
     """ONNX Runtime on the CPU, which says what an ONNX file computes."""
     options = {"graph_optimization": graph_optimization, "lma_table": "never"}
     reference: Backend = registry.create("backend", "onnxruntime", options=options)

@@ -112,6 +112,6 @@ def _check(features: Array, head: Callable[[Array], Array], expected: Array, tol
     if other > OTHER_GRAPH:
         raise ExportError(
             f"parts and head do not compute what the student does: other logits for {other:.1%} of the test images",
-            allowed=f"expected: at most {OTHER_GRAPH:.0%} of them differ by more than {tolerance:g} of the largest logit",
+            allowed=f"expected: at most {OTHER_GRAPH:.0%} differ by more than {tolerance:g} of the largest logit",
             fix="report this network",
         )
