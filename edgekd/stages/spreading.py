@@ -13,7 +13,7 @@ import numpy as np
 
 from edgekd.errors import ExportError
 from edgekd.stages.exporting import OTHER_GRAPH, export_settings, reference
-from edgekd.stages.job import LABELS, LOGITS, Array, Inputs, Job, accuracy
+from edgekd.stages.job import LABELS, LOGITS, Array, Inputs, Job, test_logits
 
 HEAD, FEATURES = "head.onnx", "test_features.npy"
 # Of the ways in which a number of boards can be silent, so many are tried.
@@ -38,7 +38,7 @@ def parts(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
         file, about = out / part_file(board), settings["metadata"] | {"edgekd.board": f"{board} of {boards}"}
         names = ("images", "features")
         made = export.export(part, file, example=job.images(0, 1), **settings | {"metadata": about}, names=names)
-        answers.append(_answers(job, reference(file, work, threads=1)))
+        answers.append(test_logits(job, reference(file, work, threads=1)))
         files.append(
             {
                 "file": file.name,
@@ -61,12 +61,12 @@ def parts(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
         "message_bytes": int(features[0, 0].nbytes),
         "parts": files,
         "head": {"file": HEAD, "size_bytes": (out / HEAD).stat().st_size},
-        "silent": silences(features, head, dataset.test.labels),
+        "silent": silences(features, head, dataset.judge("test").score),
     }
 
 
-def silences(features: Array, head: Callable[[Array], Array], labels: Array) -> list[dict[str, Any]]:
-    """Accuracy for every number of silent boards but all of them: mean, smallest and largest over who is silent.
+def silences(features: Array, head: Callable[[Array], Array], score: Callable[[Array], float]) -> list[dict[str, Any]]:
+    """The score for every number of silent boards but all of them: mean, lowest and highest over who is silent.
 
     features: [N, boards, F], what the boards answered.
     """
@@ -76,15 +76,15 @@ def silences(features: Array, head: Callable[[Array], Array], labels: Array) -> 
         for silent in subsets(boards, number):
             heard = features.copy()
             heard[:, silent] = 0
-            found.append(accuracy(head(heard), labels)["top1"])
+            found.append(score(head(heard)))
         rows.append(
             {
                 "silent": number,
                 "tried": len(found),
                 "ways": math.comb(boards, number),
-                "top1": float(np.mean(found)),
-                "lowest_top1": min(found),
-                "highest_top1": max(found),
+                "score": float(np.mean(found)),
+                "lowest_score": min(found),
+                "highest_score": max(found),
             }
         )
     return rows
@@ -98,11 +98,6 @@ def subsets(boards: int, number: int) -> Iterator[list[int]]:
     drawn = random.Random(boards * 1000 + number)
     for _ in range(SUBSETS):
         yield sorted(drawn.sample(range(boards), number))
-
-
-def _answers(job: Job, run: Callable[[Array], Array]) -> Array:
-    size = 1 if job.recipe.export.batch == "static" else 100
-    return np.concatenate([run(job.images(at, at + size)) for at in range(0, len(job.dataset.test), size)])
 
 
 def _check(features: Array, head: Callable[[Array], Array], expected: Array, tolerance: float) -> None:
