@@ -183,8 +183,12 @@ class Store:
             raise _damaged(folder, RUN, f"cannot be read: {error}") from error
 
     def runs(self) -> list[str]:
-        """The ids of the runs, the newest last."""
+        """The ids of the runs, the newest last, without those that are one board's part of a run on several."""
         return sorted(file.parent.name for file in (self.root / "runs").glob(f"*/{RUN}"))
+
+    def has_run(self, run_id: str) -> bool:
+        """Whether there is a run of this id; that of one board among several is RUN/BOARD."""
+        return (self.root / "runs" / run_id / RUN).is_file()
 
     def clean_work(self, key: str) -> None:
         """Drop the scratch space of a stage that is done; a waiting process may still hold the lock file."""

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from edgekd import __version__, recipe, registry, target
+from edgekd import __version__, inventory, recipe, registry, target
 from edgekd.device import Device, bootstrap
 from edgekd.errors import EdgekdError, shown
 from edgekd.yamlfile import mapping_from_yaml
@@ -26,6 +26,8 @@ def rows(kind: str) -> list[dict[str, Any]]:
     """Everything of a kind: name, one-line summary, and options as {name: {type, default, required}}."""
     if kind in REGISTERED:
         return [_registered(entry) for entry in registry.entries(REGISTERED[kind])]
+    if kind == "devices":
+        return [_device(name, device) for name, device in inventory.listed().items()]
     found: list[dict[str, Any]] = []
     for file in sorted(FILES[kind]().glob("*.yaml"), key=lambda file: file.stem):
         content, _ = mapping_from_yaml(file.read_text(encoding="utf-8"), str(file))
@@ -44,6 +46,12 @@ def options_text(row: dict[str, Any]) -> str:
         )
         texts.append(f"{name}={value}" + ("|schedule" if "schedule" in option["type"] else ""))
     return " ".join(texts)
+
+
+def _device(name: str, device: inventory.Listed) -> dict[str, Any]:
+    target = [f"target {device.target}"] if device.target else []
+    about = ", ".join([device.url, *target, *(f"tag:{tag}" for tag in device.tags)])
+    return {"name": name, "summary": about, "options": {}}
 
 
 def _registered(entry: registry.Entry) -> dict[str, Any]:

@@ -8,7 +8,8 @@ EdgekdError             1    a fault of edgekd itself
 │   ├── CheckpointError      weights that are absent, unsafe or do not fit the network
 │   ├── StoreError           the store is corrupt, full or not writable
 │   ├── ExportError          the exported graph does not compute what the network computes
-│   └── ConnectionLost       the device was there and is gone; the job's folder stays on it, to go on from
+│   ├── ConnectionLost       the device was there and is gone; the job's folder stays on it, to go on from
+│   └── BoardFailed          of several boards, some were not measured; its exit code is theirs where all have one
 ├── BudgetMissed        5    everything ran; a budget of the recipe is not met
 └── ResultInvalid       6    everything ran; the measurement does not hold
 """
@@ -75,6 +76,10 @@ class ExportError(StageError):
 
 
 class ConnectionLost(StageError):
+    pass
+
+
+class BoardFailed(StageError):
     pass
 
 

@@ -318,19 +318,22 @@ def is_main_process() -> bool:
 
 
 def recorded(store: Store, run_id: str | None = None) -> tuple[dict[str, Any], dict[str, Artifact]]:
-    """What a run recorded, and its artifacts, verified; None is the newest run. Raises RecipeError, StoreError."""
+    """What a run recorded, and its artifacts, verified; None is the newest run. Raises RecipeError, StoreError.
+
+    A run on several boards records `boards`, each with the id of its own run, and has no artifacts of its own.
+    """
     runs = store.runs()
-    if not runs:
+    if run_id is None and not runs:
         raise RecipeError(
             f"there is no run in {store.root}",
             allowed="a run leaves its record there",
             fix="make one: edgekd run digits",
         )
-    if run_id is not None and run_id not in runs:
+    if run_id is not None and not store.has_run(run_id):
         raise unknown("run", run_id, runs, noun="run", fix=f"see: ls {store.root / 'runs'}")
     content = store.recorded(run_id or runs[-1])
     artifacts = {}
-    for stage, key in content["artifacts"].items():
+    for stage, key in content.get("artifacts", {}).items():
         found = store.find(stage, key)
         if found is None:
             raise StoreError(

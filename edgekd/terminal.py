@@ -89,6 +89,10 @@ class Terminal:
             self._spoken = time.monotonic()
             self._line(self._stage, f"{share:.0%}  {text}")
 
+    def say_of(self, name: str, text: str) -> None:
+        """Show a line that another process has said."""
+        self._line(name, text)
+
     def _line(self, label: str, text: str) -> None:
         self.err.print(f"{label:<{LABEL_CHARACTERS}} {text}", markup=False, soft_wrap=True)
 

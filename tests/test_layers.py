@@ -13,7 +13,7 @@ import edgekd
 
 # A module imports only from those above it. A package stands for everything in it.
 LAYERS = (
-    "errors", "yamlfile", "schedule", "registry", "artifact", "recipe", "target", "marks",
+    "errors", "yamlfile", "schedule", "registry", "artifact", "recipe", "target", "inventory", "marks",
     "stats", "tasks", "data", "activations", "networks", "methods",
     "learning_rate", "checkpoint", "teacher_logits", "training_log", "distill", "parity", "export", "quantize",
     "backends", "device", "bench", "onnx_file", "stages", "preflight", "pipeline",

@@ -17,7 +17,7 @@ import typer
 
 from edgekd import __version__
 from edgekd.cli import looking, preparing, running
-from edgekd.errors import BudgetMissed, EdgekdError, MissingError, RecipeError, ResultInvalid
+from edgekd.errors import BoardFailed, BudgetMissed, EdgekdError, MissingError, RecipeError, ResultInvalid
 
 INTERRUPTED = 130
 # Typer brings its own copy of click's exceptions: what a command line can do wrong is their common ancestor.
@@ -98,8 +98,8 @@ def _failed(error: EdgekdError, arguments: list[str]) -> int:
         import traceback
 
         traceback.print_exception(error)
-    # A missed budget and a result that does not hold come after the report: that is the one document, and says so.
-    if "--json" in arguments and not isinstance(error, BudgetMissed | ResultInvalid):
+    # These come after the report: that is the one document, and says so.
+    if "--json" in arguments and not isinstance(error, BudgetMissed | ResultInvalid | BoardFailed):
         parts = {"what": error.position + error.what, "allowed": error.allowed, "fix": error.fix}
         print(json.dumps({"error": parts, "exit_code": error.exit_code}))
     print(error, file=sys.stderr)

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 KINDS = (
     "tasks", "datasets", "networks", "activations", "methods", "quantizers", "backends", "transports", "modes",
-    "targets", "recipes", "calib",
-    "recipes", "calib",
+    "targets", "recipes", "calib", "devices",
 )  # fmt: skip
 
 

@@ -17,8 +17,19 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
 ]
 TargetOption = Annotated[str, typer.Option("--target", "-t", help="Where the student must run: a name or a file.")]
+WhereOption = Annotated[
+    str | None,
+    typer.Option("--target", "-t", help="Where the student must run. Default: that of ./devices.yaml, else local."),
+]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", metavar="URL", help="The machine to measure on; default: the target's.")
+    list[str] | None,
+    typer.Option(
+        "--device", metavar="URL|NAME|tag:TAG|all",
+        help="What to measure on, repeatable; names are those of ./devices.yaml. Default: the target's.",
+    ),
+]  # fmt: skip
+RunIdOption = Annotated[
+    str | None, typer.Option("--run-id", hidden=True, help="How several boards' runs name the run of one.")
 ]
 BackendOption = Annotated[
     str | None, typer.Option("--backend", metavar="NAME", help="Another backend than the target's first.")

@@ -20,7 +20,7 @@ from edgekd.cli.options import (
     TargetOption,
     terminal_of,
 )
-from edgekd.cli.running import job_of, located
+from edgekd.cli.running import Asked, located
 from edgekd.errors import RecipeError
 
 
@@ -55,7 +55,8 @@ def calib(
 ) -> None:  # fmt: skip
     """Write a calibration set of the recipe's data; or show how much its size and its images matter."""
     terminal = terminal_of(no_color)
-    job = job_of("export", recipe, target, None, set_ or [], store, terminal)  # which is what a study records
+    # An export is what a study records.
+    job = Asked("export", recipe, target, overrides=tuple(set_ or ()), store=store).job(terminal)
     if not study:
         from edgekd.data import calibration
 

@@ -6,8 +6,10 @@ import inspect
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,22 +26,26 @@ from edgekd.cli.options import (
     LockClocksOption,
     QuietOption,
     RecipeArgument,
+    RunIdOption,
     SetOption,
     StoreOption,
     TargetOption,
     VerboseOption,
+    WhereOption,
     terminal_of,
 )
 from edgekd.errors import BudgetMissed, EdgekdError, RecipeError, ResultInvalid
 
 if TYPE_CHECKING:
     from edgekd.artifact import Store
-    from edgekd.report import Document
+    from edgekd.inventory import Place
+    from edgekd.report import BoardsDocument, Document
     from edgekd.stages import Job
     from edgekd.target import Target
     from edgekd.terminal import Terminal
 
 
+DEFAULT_TARGET = "local"
 # Commands that end with one of these stages exit with the verdict on what they made.
 JUDGED = ("quantize", "build-student", "bench")
 # What of the report's ladder fits on a terminal of 80 columns.
@@ -63,7 +69,7 @@ def stage_command(name: str, summary: str) -> Callable[..., None]:
 
     def command(
         recipe: RecipeArgument = None,
-        target: TargetOption = "local",
+        target: WhereOption = None,
         device: DeviceOption = None,
         backend: BackendOption = None,
         set_: SetOption = None,
@@ -76,19 +82,30 @@ def stage_command(name: str, summary: str) -> Callable[..., None]:
         verbose: VerboseOption = False,
         no_color: ColorOption = False,
         debug: DebugOption = False,
+        run_id: RunIdOption = None,
     ) -> None:
+        from edgekd import inventory
+
         if quiet and verbose:
             raise RecipeError(
                 "--quiet and --verbose exclude each other", allowed="expected: at most one", fix="leave one out"
             )
         terminal = terminal_of(no_color, verbosity=verbose - quiet)
+        places = inventory.places(device or [])
+        flags = {"lock_clocks": lock_clocks, "loadgen": loadgen}
+        overrides = (*(set_ or ()), *(f"benchmark.{flag}=true" for flag, given in flags.items() if given))
+        asked = Asked(name, recipe, target, tuple(device or ()), overrides, store, backend)
+        if len(places) > 1:
+            from edgekd.cli import boards
+
+            jobs = boards.jobs_at(places, asked, terminal)
+            return _show_plans(jobs, name, terminal, json_) if dry_run else boards.run(jobs, asked, terminal, json_)
+        place = places[0] if places else None
         if name == "compile" and recipe is not None and recipe.endswith(".onnx"):
             _check_has_no_recipe(set_, dry_run)
-            compile_file(Path(recipe), target_of(target, backend), device, store, terminal, json_)
-            return
-        flags = {"lock_clocks": lock_clocks, "loadgen": loadgen}
-        overrides = [*(set_ or []), *(f"benchmark.{flag}=true" for flag, given in flags.items() if given)]
-        job = job_of(name, recipe, target, device, overrides, store, terminal, backend)
+            where = target_of(asked.target_at(place), backend)
+            return compile_file(Path(recipe), where, place.url if place else None, store, terminal, json_)
+        job = asked.job(terminal, place, run_id)
         if name == "quantize":
             _check_quantizes(job)
         if dry_run:
@@ -109,47 +126,55 @@ def plan(
 ) -> None:  # fmt: skip
     """Show which stages a run would make and which it would reuse."""
     terminal = terminal_of(no_color)
-    _show_plan(job_of("run", recipe, target, None, set_ or [], store, terminal), "run", terminal, json_)
+    job = Asked("run", recipe, target, overrides=tuple(set_ or ()), store=store).job(terminal)
+    _show_plan(job, "run", terminal, json_)
 
 
-def job_of(
-    command: str,
-    recipe: str | None,
-    target: str,
-    device: str | None,
-    overrides: list[str],
-    store: Path,
-    terminal: Terminal,
-    backend: str | None = None,
-) -> Job:
-    """The job that a command line asks for."""
-    from datetime import UTC, datetime
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for."""
 
-    from edgekd import recipe as recipes
-    from edgekd.artifact import Store
-    from edgekd.stages import Job
+    command: str
+    recipe: str | None
+    target: str | None
+    devices: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    store: Path = STORE
+    backend: str | None = None
 
-    loaded = recipes.load(recipe, overrides)
-    now = datetime.now(UTC)
-    return Job(
-        recipe=loaded,
-        target=target_of(target, backend),
-        store=Store(store),
-        run_id=f"{now:%Y%m%d-%H%M%S}-{loaded.name}-{os.getpid()}",
-        created=now.isoformat(timespec="seconds"),
-        command=_command(command, recipe, target, device, backend, overrides),
-        device=device or "",
-        on_progress=terminal.on_progress,
-    )
+    @property
+    def line(self) -> str:
+        """The command line that reproduces it."""
+        return shlex.join(["edgekd", self.command, *self.words(self.devices, self.target)])
 
+    def words(self, devices: Sequence[str], target: str | None) -> list[str]:
+        """What stands behind the command's name, for these devices and this target."""
+        given = [*([("--target", target)] if target else []), *(("--device", device) for device in devices)]
+        given += [("--backend", self.backend)] if self.backend else []
+        given += [("--set", override) for override in self.overrides]
+        return [*([self.recipe] if self.recipe else []), *(word for pair in given for word in pair)]
 
-def _command(
-    command: str, recipe: str | None, target: str, device: str | None, backend: str | None, overrides: list[str]
-) -> str:
-    """The line that reproduces a run."""
-    given = [*([recipe] if recipe else []), "--target", target, *(["--device", device] if device else []),
-             *(["--backend", backend] if backend else [])]  # fmt: skip
-    return shlex.join(["edgekd", command, *given, *(word for override in overrides for word in ("--set", override))])
+    def target_at(self, place: Place | None) -> str:
+        """The target: what the command line names wins over what the inventory has for the device."""
+        return self.target or (place.target if place else None) or DEFAULT_TARGET
+
+    def job(self, terminal: Terminal, place: Place | None = None, run_id: str | None = None) -> Job:
+        """The job, on a device other than the target's own."""
+        from edgekd import recipe as recipes
+        from edgekd.artifact import Store
+        from edgekd.stages import Job
+
+        loaded, now, target = recipes.load(self.recipe, self.overrides), datetime.now(UTC), self.target_at(place)
+        return Job(
+            recipe=loaded,
+            target=target_of(target, self.backend),
+            store=Store(self.store),
+            run_id=run_id or f"{now:%Y%m%d-%H%M%S}-{loaded.name}-{os.getpid()}",
+            created=now.isoformat(timespec="seconds"),
+            command=shlex.join(["edgekd", self.command, *self.words(self.devices, target)]),
+            device=place.url if place else "",
+            on_progress=terminal.on_progress,
+        )
 
 
 def target_of(name: str, backend: str | None) -> Target:
@@ -189,26 +214,44 @@ def located(job: Job) -> Iterator[None]:
         raise
 
 
-def _show_plan(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
+def _show_plans(jobs: Mapping[str, Job], command: str, terminal: Terminal, json_: bool) -> None:
+    """The plan of each device; as JSON, by its name."""
+    if json_:
+        print(json.dumps({name: _planned(job, command) for name, job in jobs.items()}, indent=2))
+        return
+    for name, job in jobs.items():
+        terminal.say(f"{name}, {job.target.name}:")
+        _show_plan(job, command, terminal, json_)
+
+
+def _planned(job: Job, command: str) -> list[dict[str, str]]:
     from edgekd import pipeline
 
     with located(job):
         planned = pipeline.plan(job, pipeline.LAST[command])
+    return [{"stage": one.stage, "action": one.action, "key": one.key} for one in planned]
+
+
+def _show_plan(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
+    planned = _planned(job, command)
     if json_:
-        print(json.dumps([{"stage": one.stage, "action": one.action, "key": one.key} for one in planned], indent=2))
+        print(json.dumps(planned, indent=2))
         return
     meaning = {"reuse": "reuse", "run": "run", "unknown": "run, unless its new inputs turn out as before"}
-    terminal.table(("stage", "action", "key"), [(one.stage, meaning[one.action], one.key[:12]) for one in planned])
+    rows = [(one["stage"], meaning[one["action"]], one["key"][:12]) for one in planned]
+    terminal.table(("stage", "action", "key"), rows)
 
 
 def _run(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
     from edgekd import pipeline
+    from edgekd.report import Document
 
     with located(job), terminal.working():
         pipeline.run(job, pipeline.LAST[command], terminal.on_stage)
     if not pipeline.is_main_process():
         return
     document, path = written(job.store, job.run_id)
+    assert isinstance(document, Document)
     if json_:
         print(document.to_json())
     else:
@@ -217,14 +260,21 @@ def _run(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
         _judge(document, path)
 
 
-def written(store: Store, run_id: str | None) -> tuple[Document, Path]:
+def written(store: Store, run_id: str | None) -> tuple[Document | BoardsDocument, Path]:
     """The report of a run, None is the newest, and where it was written."""
     from edgekd import pipeline
     from edgekd import report as reports
+    from edgekd.report import boards
     from edgekd.report.assemble import document_from_run
 
     record, artifacts = pipeline.recorded(store, run_id)
-    document = document_from_run(record, artifacts)
+    document: Document | BoardsDocument
+    if "boards" in record:
+        measured = [board for board in record["boards"] if not board["error"]]
+        own = {board["name"]: document_from_run(*pipeline.recorded(store, board["run_id"])) for board in measured}
+        document = boards.document_from_boards(record, own)
+    else:
+        document = document_from_run(record, artifacts)
     return document, reports.write(document, store.run_folder(record["run_id"]))
 
 

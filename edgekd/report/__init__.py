@@ -6,26 +6,26 @@ import os
 from pathlib import Path
 
 from edgekd.errors import StoreError
+from edgekd.report.boards import BoardsDocument
 from edgekd.report.document import Document, load
 from edgekd.report.part import Absent
 
-__all__ = ["Absent", "Document", "load", "write"]
+__all__ = ["Absent", "BoardsDocument", "Document", "load", "write"]
 
 
-def write(document: Document, folder: Path) -> Path:
+def write(document: Document | BoardsDocument, folder: Path) -> Path:
     """Write the three files into `folder`, each complete or not at all; returns the path of report.html.
 
     The same document gives the same bytes. Raises `StoreError` when the folder cannot be written.
     """
     # Matplotlib and Jinja are loaded only when pages are made, so that commands that make none start fast.
-    from edgekd.report.html import html_from_document
-    from edgekd.report.markdown import markdown_from_document
+    from edgekd.report import html, markdown
 
-    pages = {
-        "report.json": document.to_json(),
-        "report.md": markdown_from_document(document),
-        "report.html": html_from_document(document),
-    }
+    if isinstance(document, Document):
+        texts = markdown.markdown_from_document(document), html.html_from_document(document)
+    else:
+        texts = markdown.markdown_from_boards(document), html.html_from_boards(document)
+    pages = {"report.json": document.to_json(), "report.md": texts[0], "report.html": texts[1]}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in pages.items():

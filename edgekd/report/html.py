@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from edgekd.report import (
+    boards,
     figures,
     measuring_figures,
     measuring_tables,
@@ -23,6 +24,22 @@ NO_CURVE = Absent(reason="No layer of the student has a learned activation.")
 
 def html_from_document(document: Document) -> str:
     """The whole page."""
+    return _rendered("report.html.jinja", _context(document))
+
+
+def html_from_boards(document: boards.BoardsDocument) -> str:
+    """The page of several boards."""
+    context = {
+        "document": document,
+        "headline": boards.headline(document),
+        "reasons": boards.reasons(document),
+        "boards": boards.table(document),
+        "recipe": flat(document.recipe),
+    }
+    return _rendered("boards.html.jinja", context)
+
+
+def _rendered(template: str, context: dict[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("edgekd.report", "page"),
         autoescape=True,
@@ -30,7 +47,7 @@ def html_from_document(document: Document) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja").render(**_context(document)) + "\n"
+    return environment.get_template(template).render(**context) + "\n"
 
 
 def _context(document: Document) -> dict[str, Any]:

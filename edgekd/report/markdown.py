@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgekd.report import measuring_tables, quantization_tables, tables
+from edgekd.report import boards, measuring_tables, quantization_tables, tables
 from edgekd.report.document import Document
 from edgekd.report.formatting import DASH, flat
 from edgekd.report.part import Absent
@@ -46,6 +46,15 @@ def markdown_from_document(document: Document) -> str:
     parts += ["## Reproduce", _code(document.command)]
     if document.notes:
         parts += ["## Notes", "\n".join(f"- {_inline(note)}" for note in document.notes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_from_boards(document: boards.BoardsDocument) -> str:
+    """A row per board, and why some do not count."""
+    parts = [f"# {_inline(boards.headline(document))}", f"**{document.status}** · run {_inline(document.run_id)}"]
+    for name, why in boards.reasons(document):
+        parts.append(f"**{_inline(name)}**\n\n" + "\n".join(f"- {_inline(reason)}" for reason in why))
+    parts += ["## Boards", _table(boards.table(document)), "## Reproduce", _code(document.command)]
     return "\n\n".join(parts) + "\n"
 
 

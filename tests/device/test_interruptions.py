@@ -156,10 +156,15 @@ measure(sys.argv[2], Path(sys.argv[3]))
 """
 
 
+def start_host(url, folder):
+    """A process of its own that measures."""
+    argv = [sys.executable, "-c", HOST, str(Path(__file__).parent), url, str(folder)]
+    return subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+
+
 def kill_host_and_go_on(url, sshd, folder, moment):
     """Kill the host when `moment()` is true; the next run ends well, and nothing of the first one runs on."""
-    argv = [sys.executable, "-c", HOST, str(Path(__file__).parent), url, str(folder)]
-    with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as host:
+    with start_host(url, folder) as host:
         assert wait_until(lambda: moment() or host.poll() is not None)
         host.send_signal(signal.SIGKILL)
     assert wait_until(lambda: not [pid for job in jobs(sshd) for pid in processes_in(str(job))])
