@@ -88,5 +88,6 @@ def _meant(text: str) -> list[Place]:
 
 def _name_from_url(url: str) -> str:
     """`pi-desk-local` of ssh://pi@desk.local:22?python=...: fit for a file's name."""
-    address = url.partition("?")[0].partition("://")[2] or url
+    address = url.partition("?")[0]
+    address = address.partition("://")[2] or address
     return re.sub(r"[^A-Za-z0-9]+", "-", address).strip("-")

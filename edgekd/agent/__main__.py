@@ -12,6 +12,7 @@ import threading
 from .clocks import restore
 from .conductor import Bench
 from .machine import facts
+from .signature import signer_of
 from .worker import AgentError, work
 
 
@@ -56,8 +57,9 @@ def main() -> int:
         if arguments.lifeline:
             hold_lifeline()
         try:
+            signer = signer_of(arguments.spec, arguments.root)
             with open(arguments.spec) as file:
-                Bench(json.load(file), arguments.root).run()
+                Bench(json.load(file), arguments.root, signer).run()
         except AgentError as error:
             sys.stderr.write(json.dumps({"error": str(error)}) + "\n")
             return 1

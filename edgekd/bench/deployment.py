@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from edgekd.backends import Engine
 from edgekd.device import AGENT, JSON_LIMIT_BYTES, Device, Finished, Job, last_lines, parsed
+from edgekd.device.signature import sign
 from edgekd.errors import ConnectionLost, StageError
 
 _log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ def measured_on(
     timeout: seconds, for a device that hangs. Raises StageError when an engine cannot be run there.
     """
     bundle = _bundle(engines, samples, settings, workdir)
+    if key := device.transport.signing_key:
+        bundle["spec.json.sig"] = sign(workdir / "spec.json", key)
     # Named by what is measured: a benchmark that a killed host left on the device is gone on with.
     name = _sha256(workdir / "spec.json")[:16]
     with device.reserved(lambda text: on_progress and on_progress(0.0, 0.0, text)), device.job(name) as job:
@@ -149,6 +152,8 @@ def _failure(finished: Finished, url: str) -> StageError:
         lines.pop()
     if "numpy is not installed" in what:
         fix = shlex.join(["edgekd", "doctor", "--device", url, "--install"])
+    elif "sign" in what:
+        fix = "sign it: --device 'ssh://...?signing_key=~/.ssh/id_ed25519', by a key that the board's owner has listed"
     elif "sha256" in what:
         fix = "send it again: edgekd bench"
     return StageError(f'benchmark on "{url}": {what}', allowed=last_lines(lines) if lines else "", fix=fix)

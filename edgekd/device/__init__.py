@@ -57,6 +57,8 @@ class Transport(ABC):
     never could, ConnectionLost when it could before.
     """
 
+    # The ssh key that signs what is run there; empty for none.
+    signing_key: str = ""
     # How often a command's standard input must hear from us, when that tells the device that we are alive.
     heartbeat_s: ClassVar[float | None] = None
 

@@ -15,14 +15,17 @@ from edgekd.registry import register
 
 @register("transport", "local")
 class Local(Transport):
-    """This machine: a folder under the work directory and a child process."""
+    """This machine: a folder under the work directory and a child process.
 
-    def __init__(self, url: str, workdir: Path, *, python: str = "") -> None:
+    python: another interpreter than ours; signing_key: the ssh key that signs what is run.
+    """
+
+    def __init__(self, url: str, workdir: Path, *, python: str = "", signing_key: str = "") -> None:
         if url != "local:":
             raise RecipeError(
                 f"device {url!r} names no machine", allowed='this machine is "local:"', fix="--device local:"
             )
-        self._python = python or sys.executable
+        self._python, self.signing_key = python or sys.executable, signing_key
         self._root = str(workdir.resolve())
 
     @property

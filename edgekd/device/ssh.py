@@ -42,15 +42,17 @@ class _File:
 
 @register("transport", "ssh")
 class Ssh(Transport):
-    """A board by the system's ssh client: ssh://[USER@]HOST[:PORT][?python=PATH&config=FILE].
+    """A board by the system's ssh client: ssh://[USER@]HOST[:PORT][?python=PATH&config=FILE&signing_key=FILE].
 
-    python: the board's interpreter, instead of ~/.edgekd/venv's or python3; config: instead of ~/.ssh/config.
+    python: the board's interpreter, instead of ~/.edgekd/venv's or python3; config: instead of ~/.ssh/config;
+    signing_key: the ssh key that signs what is run there, for a board whose owner asks for that.
     """
 
     heartbeat_s = porter.HEARTBEAT_S
 
-    def __init__(self, url: str, workdir: Path, *, config: str = "", python: str = "") -> None:
+    def __init__(self, url: str, workdir: Path, *, config: str = "", python: str = "", signing_key: str = "") -> None:
         del workdir  # nothing is kept on this side
+        self.signing_key = signing_key
         self._address = _address(url, config, python)
         self._connection = Connection(self._address)
         self._known = False

@@ -34,7 +34,8 @@ def build(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict
     folder, log, device = out / ENGINE, work / f"{job.backend.name}.log", job.open_device()
     shutil.copytree(bundle.file(ENGINE), folder)
     # Named by what is built: an engine that was finished when the connection was lost is not built again.
-    with device.job(f"build-{bundle.digest[:16]}") as there:
+    turn = device.reserved(lambda text: job.on_progress(0.1, text))
+    with turn, device.job(f"build-{bundle.digest[:16]}") as there:
         there.put({file.name: file for file in folder.iterdir()})
         key = _key(there, subject, name)
         kept = Kept(job.store, key)
