@@ -151,12 +151,16 @@ def _started(name: str, job: Job, asked: Asked, terminal: Terminal) -> _Measurin
     out, err = process.stdout, process.stderr
 
     def listen() -> None:
-        for line in err:
-            if not line.endswith(" reused\n"):  # all that is shared has been told of
-                terminal.say_of(name, line.rstrip())
+        with err:
+            for line in err:
+                if not line.endswith(" reused\n"):  # all that is shared has been told of
+                    terminal.say_of(name, line.rstrip())
 
-    one.readers = [threading.Thread(target=listen, daemon=True)]
-    one.readers.append(threading.Thread(target=lambda: one.out.append(out.read()), daemon=True))
+    def keep() -> None:
+        with out:
+            one.out.append(out.read())
+
+    one.readers = [threading.Thread(target=target, daemon=True) for target in (listen, keep)]
     for reader in one.readers:
         reader.start()
     return one
