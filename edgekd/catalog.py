@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,10 @@ def _registered(entry: registry.Entry) -> dict[str, Any]:
     return {"name": entry.name, "summary": entry.doc, "options": options}
 
 
-def health(device: str, store: Path, *, install: bool = False) -> list[dict[str, str]]:
+def health(devices: Sequence[str], store: Path, *, install: bool = False) -> list[dict[str, str]]:
     """Rows of what was looked at, what was found, and the command that mends it (empty when all is well).
 
-    install: first install on the device what runs engines there.
+    devices: URLs; install: first install on them what runs engines there.
     """
     found = [_row("edgekd", f"{__version__}, Python {sys.version.split()[0]}")]
     for requirement in importlib.metadata.requires("edgekd") or ():
@@ -85,13 +86,23 @@ def health(device: str, store: Path, *, install: bool = False) -> list[dict[str,
             reason = f"{error.what}: {error.fix}"
         found.append(_row(f"backend {entry.name}", reason.partition(":")[0] or "ready", reason.partition(": ")[2]))
     found.append(_disk(store))
+    for url in devices:
+        try:
+            looked_at = _looked_at(url, install)
+        except EdgekdError as error:
+            if len(devices) == 1:
+                raise
+            looked_at = [bootstrap.Finding("device", error.what, error.fix)]
+        found += [_row(f"{url} {one.what}", one.found, one.fix) for one in looked_at]
+    return found
+
+
+def _looked_at(url: str, install: bool) -> list[bootstrap.Finding]:
     with tempfile.TemporaryDirectory() as folder:
-        there = Device(device, Path(folder))
         if install:
-            bootstrap.install(there)
-            there = Device(device, Path(folder))  # whose Python is the one that was installed
-        looked_at = [*bootstrap.findings(there.facts(), device), bootstrap.turn(there)]
-    return found + [_row(f"{device} {one.what}", one.found, one.fix) for one in looked_at]
+            bootstrap.install(Device(url, Path(folder)))
+        device = Device(url, Path(folder))  # whose Python may be the one that was installed
+        return [*bootstrap.findings(device.facts(), url), bootstrap.turn(device)]
 
 
 def _disk(store: Path) -> dict[str, str]:

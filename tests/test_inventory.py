@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from edgekd import inventory
@@ -91,3 +93,13 @@ def test_they_are_listed(devices, main):
     code, out, err = main("list", "devices")
     assert (code, err) == (0, "")
     assert "desk-pi  ssh://pi@desk, target raspberry-pi-5, tag:arm, tag:desk" in out
+
+
+def test_the_doctor_sees_each(devices, main):
+    devices.write_text(GOOD.replace("ssh://pi@desk", "ssh://nobody@127.0.0.1:1"))
+    code, out, err = main("doctor", "--device", "all", "--json")
+    found = {row["what"]: row for row in json.loads(out)}
+    assert (code, err) == (0, "")
+    assert found["local: in use"]["found"] == "by nobody"
+    assert "the connection is refused" in found["ssh://nobody@127.0.0.1:1 device"]["found"]
+    assert main("doctor", "--device", "desk-pi")[0] == 3

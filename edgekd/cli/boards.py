@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 INTERRUPT_PATIENCE_S = 30.0  # for a board's process to leave what it measured in order
 SET_PDEATHSIG = 1  # of prctl(2)
 # What of the report's table fits on a terminal of 80 columns.
-COLUMNS = ("Board", "Target", "Verdict", "Top-1", "Student, p50", "Speed-up")
+COLUMNS = (0, 1, 2, 3, 5, 8)  # board, target, verdict, score, the student's p50, speed-up
 Jobs = Mapping[str, "Job"]
 Failures = dict[str, EdgekdError]
 
@@ -209,13 +209,13 @@ def _show(document: BoardsDocument, path: Path, terminal: Terminal) -> None:
     from edgekd.report import boards
 
     table = boards.table(document)
-    shown = [table.columns.index(name) for name in COLUMNS]
     for row in table.rows:
         if row.reason:
             terminal.say(f"{row.cells[0]}: {row.reason}")
-    rows = [[row.cells[column] for column in shown] for row in table.rows if not row.reason]
+    lines = [table.columns, *(row.cells for row in table.rows if not row.reason)]
+    columns, *rows = ([cells[at] for at in COLUMNS] for cells in lines)
     if rows:
-        terminal.table(COLUMNS, rows)
+        terminal.table(columns, rows)
     terminal.say("")
     terminal.say(f"{document.status}: {boards.headline(document)}")
     terminal.say(str(path))

@@ -65,14 +65,17 @@ def schema() -> None:
 
 
 def doctor(
-    device: Annotated[str, typer.Option("--device", metavar="URL", help="The machine to look at.")] = "local:",
+    device: Annotated[
+        str,
+        typer.Option("--device", metavar="URL|NAME|tag:TAG|all", help="What to look at; names as in ./devices.yaml."),
+    ] = "local:",
     install: Annotated[bool, typer.Option("--install", help="Install there what runs engines, into a venv.")] = False,
     store: StoreOption = STORE, json_: JsonOption = False, no_color: ColorOption = False, debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Say what is there and what is missing, with the command that installs it."""
-    from edgekd import catalog
+    from edgekd import catalog, inventory
 
-    found = catalog.health(device, store, install=install)
+    found = catalog.health([place.url for place in inventory.places([device])], store, install=install)
     if json_:
         print(json.dumps(found, indent=2))
         return

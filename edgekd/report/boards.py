@@ -9,8 +9,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from edgekd.report.document import SCHEMA_VERSION, Budget, Document, Speedup
-from edgekd.report.formatting import DASH, milliseconds, percent, points, size, times
-from edgekd.report.part import Absent, AccuracyChange, Count, Part, Positive, Ratio
+from edgekd.report.formatting import DASH, milliseconds, size, times
+from edgekd.report.part import Absent, AccuracyChange, Count, Metric, Part, Positive
 from edgekd.report.tables import Row, Table
 
 Status = Literal["VALID", "INVALID", "FAILED"]
@@ -30,7 +30,7 @@ class Board(Part):
     reasons: list[str] = Field([])
     exit_code: Count = 0
     model: str | None = None
-    top1: Ratio | None = None
+    score: float | None = None
     n: Count | None = None
     accuracy_change: AccuracyChange | None = None
     speedup: Speedup | None = None
@@ -64,6 +64,7 @@ class BoardsDocument(Part):
     created: str
     command: str
     recipe: dict[str, Any]
+    metric: Metric = Metric()
     status: Status
     boards: list[Board] = Field(min_length=1)
 
@@ -81,6 +82,7 @@ def document_from_boards(record: Mapping[str, Any], found: Mapping[str, Document
         created=record["created"],
         command=record["command"],
         recipe=record["recipe"],
+        metric=next((document.metric for document in found.values()), Metric()),
         status=min((board.status for board in boards), key=statuses.index),
         boards=boards,
     )
@@ -101,7 +103,7 @@ def _board(listed: Mapping[str, Any], document: Document | None) -> Board:
         status="VALID" if verdict.status == "VALID" else "INVALID",
         reasons=verdict.reasons,
         model=document.environment.get("device", {}).get("model") or None,
-        top1=device.top1,
+        score=device.score,
         n=device.n,
         accuracy_change=None if isinstance(verdict.accuracy_change, Absent) else verdict.accuracy_change,
         speedup=None if isinstance(verdict.speedup, Absent) else verdict.speedup,
@@ -117,28 +119,28 @@ def _board(listed: Mapping[str, Any], document: Document | None) -> Board:
 def table(document: BoardsDocument) -> Table:
     """A row per board."""
     columns = (
-        "Board", "Target", "Verdict", "Top-1", "Change, points", "Student, p50", "p99", "Teacher, p50", "Speed-up",
-        "95% interval", "Size",
+        "Board", "Target", "Verdict", document.metric.title, "Change", "Student, p50", "p99", "Teacher, p50",
+        "Speed-up", "95% interval", "Size",
     )  # fmt: skip
     return Table(
         "The same student on every board, against its teacher there",
         columns,
-        tuple(Row((board.name,), reason=board.reasons[0]) if board.status == "FAILED" else _row(board)
+        tuple(Row((board.name,), reason=board.reasons[0]) if board.status == "FAILED" else _row(board, document.metric)
               for board in document.boards),
         notes=("Each board's own report has the rest; what another board's measurement is worth does not count here.",),
         text_columns=frozenset({0, 1, 2}),
     )  # fmt: skip
 
 
-def _row(board: Board) -> Row:
+def _row(board: Board, metric: Metric) -> Row:
     change, speedup = board.accuracy_change, board.speedup
     verdict = board.status + (f", missed: {', '.join(board.missed)}" if board.missed else "")
     cells = (
         board.name,
         board.target,
         verdict,
-        DASH if board.top1 is None else percent(board.top1),
-        DASH if change is None else points(change.value).removesuffix(" points"),
+        DASH if board.score is None else metric.text(board.score),
+        DASH if change is None else metric.change(change.value),
         *(DASH if ms is None else milliseconds(ms) for ms in (board.student_p50_ms, board.student_p99_ms)),
         DASH if board.teacher_p50_ms is None else milliseconds(board.teacher_p50_ms),
         DASH if speedup is None else times(speedup.value),

@@ -47,7 +47,7 @@ def test_each_board_has_a_row_of_its_own(several, document):
     rows = boards.table(several).rows
     cells = dict(zip(boards.table(several).columns, rows[0].cells, strict=True))
     assert cells["Student, p50"] == milliseconds(document.latency.student.p50_ms)
-    assert cells["Top-1"] == percent(document.row("device").top1)
+    assert cells["Top-1"] == percent(document.row("device").score)
     assert cells["Speed-up"] == times(document.verdict.speedup.value)
     assert (rows[2].cells, rows[2].reason) == (("gone",), "it is <gone>")
 
