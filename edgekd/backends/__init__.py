@@ -73,6 +73,11 @@ class Backend(ABC):
                 f'backend "{self.name}" cannot be used here: {why}', allowed="what can be used: edgekd doctor", fix=fix
             )
 
+    @property
+    def runs_here(self) -> bool:
+        """Whether what it compiles runs on this machine too, and can be measured for accuracy before it is deployed."""
+        return self.builds_on == "host"
+
     def libraries(self) -> list[Path]:
         """Shared libraries that the runner finds beside itself where it runs, so that nothing is installed there.
 

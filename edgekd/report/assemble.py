@@ -95,7 +95,7 @@ def _row(task: Task, rung: Rung, record: Mapping[str, Any], artifacts: Artifacts
     else:
         found, size = result, result.get("size_bytes")
     if "score" not in found:
-        return LadderRow(rung=rung, reason="built on the device; see the row below", size_bytes=size)
+        return LadderRow(rung=rung, reason="runs on the device alone; see the row below", size_bytes=size)
     network = artifacts.get("scratch" if rung == "scratch" else "teacher" if rung == "teacher" else "student")
     return LadderRow(
         rung=rung,

@@ -16,7 +16,7 @@ from edgekd.stages.job import ENGINE, LABELS, LOGITS, MODEL, Inputs, Job, test_l
 
 
 def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
-    """Compile a model for the target's preferred backend; where that is done here, measure what it made."""
+    """Compile a model for the target's preferred backend; where what it made runs here, measure it."""
     model = _dialect(job, inputs, work) if "quantize" in inputs else inputs[f"onnx-{subject}"].file(MODEL)
     problems = job.backend.check(model)
     if problems:
@@ -34,6 +34,7 @@ def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dic
     result: dict[str, Any] = {"backend": job.backend.name, "facts": facts}
     if job.backend.builds_on == "host":
         result["size_bytes"] = _size(built.folder)
+    if job.backend.runs_here:
         job.on_progress(0.5, "measuring the engine")
         run = backends.load_runner(built).run
         logits = test_logits(job, run)

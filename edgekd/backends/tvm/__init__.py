@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import platform
 import re
 import tempfile
 from pathlib import Path
@@ -65,6 +66,11 @@ class Tvm(Backend):
         """Empty, or why TVM cannot be used here."""
         missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
         return f"{' and '.join(missing)} not installed: pip install 'edgekd[tvm]'" if missing else ""
+
+    @property
+    def runs_here(self) -> bool:
+        """Not what is compiled for another kind of processor."""
+        return self.arch in ("", platform.machine())
 
     def libraries(self) -> list[Path]:
         """TVM's runtime for the processor that is compiled for."""
