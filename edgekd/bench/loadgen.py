@@ -59,7 +59,7 @@ def cross_check(
                 out = Path(folder, f"{name}-{turn}")
                 out.mkdir()
                 runs[name].append(
-                    _timed(engines[name], Path(folder, "samples.npy"), seconds / TURNS / len(engines), out)
+                    timed(engines[name], Path(folder, "samples.npy"), seconds / TURNS / len(engines), out)
                 )
     return {
         "version": importlib.metadata.version(PACKAGE),
@@ -81,8 +81,11 @@ def _beside(rows: list[dict[str, float]], agent_p50_ms: float) -> dict[str, Any]
     )
 
 
-def _timed(engine: Engine, samples: Path, seconds: float, out: Path) -> dict[str, float]:
-    """One engine in a process of its own, with the threads that it was compiled for."""
+def timed(engine: Engine, samples: Path, seconds: float, out: Path) -> dict[str, float]:
+    """One engine in a process of its own, with the threads that it was compiled for: percentiles in ms and their `n`.
+
+    samples: a file of float32 [N, C, H, W]; out: an empty folder, for LoadGen's logs.
+    """
     threads = json.loads((engine.folder / "engine.json").read_text(encoding="utf-8"))["threads"]
     variables = [f"{name}_NUM_THREADS={threads}" for name in ("OMP", "OPENBLAS", "MKL")]
     child = [
