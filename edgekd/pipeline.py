@@ -130,6 +130,10 @@ def _build(job: Job) -> dict[str, Any]:
     return {"run": job.run_id}
 
 
+def _kit(job: Job) -> dict[str, Any]:
+    return {**job.recipe.benchmark.model_dump(mode="json"), "seed": job.recipe.seed, "code": stages.code_sha256(job)}
+
+
 def _bench(job: Job) -> dict[str, Any]:
     return {"run": job.run_id, **job.recipe.benchmark.model_dump(mode="json")}
 
@@ -187,6 +191,13 @@ TABLE: tuple[Stage, ...] = (
         for one in SUBJECTS
     ),
     Stage(
+        "kit",
+        stages.pack,
+        _kit,
+        ("onnx-student", "onnx-teacher", "quantize", "engine-student", "engine-teacher"),
+        wanted=lambda job: not job.has_device,
+    ),
+    Stage(
         "bench",
         stages.bench,
         _bench,
@@ -197,6 +208,12 @@ TABLE: tuple[Stage, ...] = (
 # The last stage that each command of the command line needs; it runs that one and all above it.
 LAST = {"distill": "attack", "export": "onnx-student", "quantize": "quantize", "compile": "build-student",
         "bench": "bench", "run": "bench"}  # fmt: skip
+
+
+def last_stage(command: str, job: Job) -> str:
+    """Where a command ends. For a board that is not named it is a kit, which somebody carries there."""
+    return "kit" if command in ("export", "run") and not job.has_device else LAST[command]
+
 
 Action = Literal["reuse", "run", "unknown"]
 What = Literal["reuse", "wait", "run", "done"]

@@ -47,11 +47,11 @@ def check(job: Job, to_make: Collection[str]) -> None:
     on_device = any(stage == "bench" or stage.startswith("build-") for stage in to_make)
     if on_device and not (job.device or job.target.device).startswith("local:"):
         check_device(job).facts()  # a board that does not answer shall not wait for the training
-    if "bench" in to_make:
+    if {"bench", "kit"} & set(to_make):
         _check_mode(job)
     if any(stage.startswith("engine-") for stage in to_make):
         job.backend.require()
-    if "bench" in to_make:
+    if {"bench", "kit"} & set(to_make):
         job.backend.libraries()
     if "quantize" in to_make:
         job.quantizer().require()

@@ -120,8 +120,11 @@ def test_a_board_with_an_older_tensorrt_is_the_wrong_target(build, tmp_path):
     ("change", "what"),
     [
         (lambda built: built["identity"].update(device="Orin"), "belongs to another board, model or TensorRT"),
-        (lambda built: built["files"].update({"model.plan": "0" * 64}), "model.plan from .* is damaged: its sha256"),
-        (lambda built: built["files"].update({"../../escape": "0" * 64}), ""),
+        (
+            lambda built: built["files"].update({"model.plan": ["0" * 64, 1]}),
+            "model.plan from .* is damaged: its sha256",
+        ),
+        (lambda built: built["files"].update({"../../escape": ["0" * 64, 1]}), ""),
     ],
 )
 def test_what_comes_back_is_looked_at(build, board, change, what, monkeypatch):

@@ -16,13 +16,14 @@ LAYERS = (
     "errors", "yamlfile", "schedule", "registry", "artifact", "recipe", "target", "inventory", "marks",
     "stats", "tasks", "data", "activations", "networks", "methods",
     "learning_rate", "checkpoint", "teacher_logits", "training_log", "distill", "parity", "export", "quantize",
-    "backends", "device", "bench", "onnx_file", "stages", "preflight", "pipeline",
+    "backends", "device", "bench", "kit", "onnx_file", "stages", "preflight", "pipeline", "importing",
     "report", "catalog", "starter", "terminal", "cli", "__main__",
 )  # fmt: skip
 # Copied to the device as files: they import nothing of edgekd.
 STAND_ALONE = (
     "agent",
     "device.porter",
+    "kit.run",
     "backends.null.runner",
     "backends.onnxruntime.runner",
     "backends.openvino.runner",

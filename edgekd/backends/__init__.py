@@ -13,7 +13,8 @@ there, a package `on_device` among it, which stands alone like a runner:
 
     python -m on_device . --key   # what an engine made here would belong to: an object in JSON as the last line
     python -m on_device .         # make the engine, unless one is there that fits; writes build.json, whose `files`
-                                  # are those made, with their sha256. Exit status 1: refused, the last lines say why
+                                  # are those made: {name: [sha256, bytes]}. Exit status 1: refused, standard error
+                                  # ends with the reasons
 
 To add a backend, write such a folder; tests/backends/test_backend_conformance.py then tests it on arrival.
 """
@@ -49,7 +50,8 @@ class Backend(ABC):
     precisions: ClassVar[tuple[str, ...]]
     # On a device: `compile` only prepares the files, since the engine depends on the very chip that runs it.
     builds_on: ClassVar[Literal["host", "device"]]
-    # Of one that builds on the device: what the build may leave there, and the most bytes that each file may have.
+    # Of one that builds on the device: the engine's file, and what else the build may leave, with the most bytes.
+    built_engine: ClassVar[str] = ""
     built_files: ClassVar[Mapping[str, int]] = {}
     # The ONNX form that this backend runs fastest, for an activation with jumps ("any") and without ("continuous").
     forms: ClassVar[Mapping[Literal["any", "continuous"], str]]
@@ -109,6 +111,11 @@ class Backend(ABC):
 
         Raises MissingError when the runtime or a part of it is absent, StageError when the model cannot be compiled.
         """
+
+    def build_commands(self, folder: Path, name: str) -> list[str]:
+        """What builds the engine on a board from the `folder` of `compile`, called `name` there; for people."""
+        del folder, name
+        return []
 
     def built(self, folder: Path) -> dict[str, Any]:
         """What a build on the device made, read from the files that it left in `folder`; ready for JSON.

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from edgekd.backends import Engine
 from edgekd.bench.arrays import quality_from_logits, table_from_latencies
-from edgekd.bench.deployment import Progress, measured_on
+from edgekd.bench.deployment import Progress, bundle, measured_on
 from edgekd.bench.latencies import rounds
 from edgekd.bench.modes import Mode
 from edgekd.bench.summary import summarize
@@ -19,7 +19,7 @@ from edgekd.device import Device
 from edgekd.errors import RecipeError, StageError
 from edgekd.tasks import Judge
 
-__all__ = ["MIN_LAUNCHES", "benchmark"]
+__all__ = ["MIN_LAUNCHES", "benchmark", "bundle", "settings_of"]
 
 MIN_LAUNCHES = 6  # fewer give no 95 % interval: see stats.median_interval
 MAX_STRETCH = 6  # a slow engine may take this many times the seconds asked for to reach MIN_QUERIES
@@ -49,24 +49,9 @@ def benchmark(
     Raises RecipeError for fewer than 6 launches, StageError when an engine cannot be run there. A measurement that does
     not hold is no error: its `status` is INVALID, with `reasons`.
     """
-    if launches < MIN_LAUNCHES:
-        raise RecipeError(
-            f"benchmark.launches = {launches} is too few for a 95 % interval",
-            allowed=f"at least {MIN_LAUNCHES}",
-            fix=f"--set benchmark.launches={MIN_LAUNCHES}",
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
     engines = {"student": student, "teacher": teacher}
-    settings = {
-        "version": 1,
-        "turns": mode.turns(),
-        "launches": launches,
-        "min_seconds": mode.seconds,
-        "max_seconds": MAX_STRETCH * mode.seconds,
-        "min_queries": MIN_QUERIES,
-        "lock_clocks": lock_clocks,
-        "seed": seed,
-    }
+    settings = settings_of(mode, launches=launches, lock_clocks=lock_clocks, seed=seed)
+    workdir.mkdir(parents=True, exist_ok=True)
     # Loading must not take forever, nor a query more than a second: it is there for a device that hangs.
     timeout = launches * SETUP_TIMEOUT_S + 2 * MAX_STRETCH * mode.seconds + len(samples)
     measured = measured_on(device, engines, samples, settings, workdir, timeout=timeout, on_progress=on_progress)
@@ -82,4 +67,24 @@ def benchmark(
         "settings": settings,
         "argv": measured["argv"],
         "url": device.url,
+    }
+
+
+def settings_of(mode: Mode, *, launches: int, lock_clocks: bool, seed: int) -> dict[str, Any]:
+    """What the agent is told beside the models and samples, see `benchmark`. Raises RecipeError."""
+    if launches < MIN_LAUNCHES:
+        raise RecipeError(
+            f"benchmark.launches = {launches} is too few for a 95 % interval",
+            allowed=f"at least {MIN_LAUNCHES}",
+            fix=f"--set benchmark.launches={MIN_LAUNCHES}",
+        )
+    return {
+        "version": 1,
+        "turns": mode.turns(),
+        "launches": launches,
+        "min_seconds": mode.seconds,
+        "max_seconds": MAX_STRETCH * mode.seconds,
+        "min_queries": MIN_QUERIES,
+        "lock_clocks": lock_clocks,
+        "seed": seed,
     }

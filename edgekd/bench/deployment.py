@@ -42,19 +42,19 @@ def measured_on(
 
     timeout: seconds, for a device that hangs. Raises StageError when an engine cannot be run there.
     """
-    bundle = _bundle(engines, samples, settings, workdir)
+    sent = bundle(engines, samples, settings, workdir)
     if key := device.transport.signing_key:
-        bundle["spec.json.sig"] = sign(workdir / "spec.json", key)
+        sent["spec.json.sig"] = sign(workdir / "spec.json", key)
     # Named by what is measured: a benchmark that a killed host left on the device is gone on with.
     name = _sha256(workdir / "spec.json")[:16]
     with device.reserved(lambda text: on_progress and on_progress(0.0, 0.0, text)), device.job(name) as job:
-        job.put(bundle)
+        job.put(sent)
         argv = [job.python, *ARGV]
         _measure(job, argv, timeout, on_progress)
         return _fetch(job, engines, workdir) | {"argv": argv}
 
 
-def _bundle(
+def bundle(
     engines: Mapping[str, Engine], samples: npt.NDArray[np.float32], settings: Mapping[str, Any], workdir: Path
 ) -> dict[str, Path]:
     """All that the device gets, by its name there. The spec among it holds the sha256 of all the rest."""

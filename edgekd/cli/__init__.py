@@ -39,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "check": looking.check,
     "plan": running.plan,
     **{name: running.stage_command(name, summary) for name, summary in running.STAGE_COMMANDS.items()},
+    "import": running.import_,
     "report": looking.report,
 }
 for name, command in COMMANDS.items():

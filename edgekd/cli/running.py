@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from edgekd.cli.onnx_files import compile_file
 from edgekd.cli.options import (
@@ -35,9 +37,10 @@ from edgekd.cli.options import (
     terminal_of,
 )
 from edgekd.errors import BudgetMissed, EdgekdError, RecipeError, ResultInvalid
+from edgekd.kit import FOLDER
 
 if TYPE_CHECKING:
-    from edgekd.artifact import Store
+    from edgekd.artifact import Artifact, Store
     from edgekd.inventory import Place
     from edgekd.report import BoardsDocument, Document
     from edgekd.stages import Job
@@ -228,7 +231,7 @@ def _planned(job: Job, command: str) -> list[dict[str, str]]:
     from edgekd import pipeline
 
     with located(job):
-        planned = pipeline.plan(job, pipeline.LAST[command])
+        planned = pipeline.plan(job, pipeline.last_stage(command, job))
     return [{"stage": one.stage, "action": one.action, "key": one.key} for one in planned]
 
 
@@ -246,8 +249,9 @@ def _run(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
     from edgekd import pipeline
     from edgekd.report import Document
 
+    last = pipeline.last_stage(command, job)
     with located(job), terminal.working():
-        pipeline.run(job, pipeline.LAST[command], terminal.on_stage)
+        made = pipeline.run(job, last, terminal.on_stage)
     if not pipeline.is_main_process():
         return
     document, path = written(job.store, job.run_id)
@@ -256,8 +260,38 @@ def _run(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
         print(document.to_json())
     else:
         _show(document, path, terminal)
-    if pipeline.LAST[command] in JUDGED:
+    if last == "kit":
+        _show_kit(made["kit"], terminal)
+    if last in JUDGED:
         _judge(document, path)
+
+
+def import_(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS.json", help="What a kit's run.py wrote on the board.")],
+    store: StoreOption = STORE, json_: JsonOption = False, no_color: ColorOption = False, debug: DebugOption = False,
+) -> None:  # fmt: skip
+    """Write the report of what a kit measured on a board that edgekd cannot reach."""
+    from edgekd import importing
+    from edgekd.artifact import Store
+
+    now = datetime.now(UTC)
+    job = importing.job_of_kit(
+        Store(store), results, run_id=f"{now:%Y%m%d-%H%M%S}-import-{os.getpid()}",
+        created=now.isoformat(timespec="seconds"), command=shlex.join(["edgekd", "import", str(results)]),
+    )  # fmt: skip
+    terminal = terminal_of(no_color)
+    job.on_progress = terminal.on_progress
+    _run(job, "bench", terminal, json_)
+
+
+def _show_kit(made: Artifact, terminal: Terminal) -> None:
+    """Where it is, and what is done with it."""
+    from edgekd.stages import ARCHIVE
+
+    file = made.file(ARCHIVE)
+    terminal.say(f"kit for the board: {file} ({made.result['size_bytes'] / 1e6:.1f} MB)")
+    terminal.say(f"  on the board:  tar xzf {ARCHIVE} && python3 {FOLDER}/run.py")
+    terminal.say("  back here:     edgekd import results.json")
 
 
 def written(store: Store, run_id: str | None) -> tuple[Document | BoardsDocument, Path]:

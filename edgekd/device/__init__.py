@@ -61,6 +61,8 @@ class Transport(ABC):
     signing_key: str = ""
     # How often a command's standard input must hear from us, when that tells the device that we are alive.
     heartbeat_s: ClassVar[float | None] = None
+    # Whether it is no machine but the record of one: engines stay where they were built.
+    recorded: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -255,11 +257,11 @@ def not_fetched(name: str, folder: str, limit_bytes: int, size: int | None = Non
     )
 
 
-def parsed(text: str, source: str) -> dict[str, Any]:
+def parsed(text: str, source: str, *, limit: int = JSON_LIMIT_BYTES) -> dict[str, Any]:
     """The JSON object that the agent wrote. Raises StageError when it is too large, too deep or no JSON object."""
     try:
-        if len(text) > JSON_LIMIT_BYTES:
-            raise ValueError(f"{len(text)} characters, at most {JSON_LIMIT_BYTES} allowed")
+        if len(text) > limit:
+            raise ValueError(f"{len(text)} characters, at most {limit} allowed")
         document = json.loads(text)
         if not isinstance(document, dict):
             raise ValueError(f"a JSON {type(document).__name__}, not an object")

@@ -9,10 +9,12 @@ from edgekd.stages.building import build
 from edgekd.stages.deploying import bench, engine
 from edgekd.stages.exporting import onnx, quantize
 from edgekd.stages.job import CURVES, ENGINE, LABELS, LOGITS, MODEL, WEIGHTS, Inputs, Job
+from edgekd.stages.packing import ARCHIVE, code_sha256, pack
 from edgekd.stages.spreading import parts
 from edgekd.stages.training import finetune, finetuning, scratch, student, teacher
 
 __all__ = [
-    "CURVES", "ENGINE", "LABELS", "LOGITS", "MODEL", "WEIGHTS", "Inputs", "Job", "attack", "bench", "build", "engine",
-    "finetune", "finetuning", "onnx", "parts", "quantize", "scratch", "student", "teacher",
+    "ARCHIVE", "CURVES", "ENGINE", "LABELS", "LOGITS", "MODEL", "WEIGHTS", "Inputs", "Job", "attack", "bench", "build",
+    "code_sha256", "engine", "finetune", "finetuning", "onnx", "pack", "parts", "quantize", "scratch", "student",
+    "teacher",
 ]  # fmt: skip

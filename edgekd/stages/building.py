@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 BUILD = ("-m", "on_device", ".")
 RESULT = "build.json"
 TIMING_CACHE = "timing.cache"
+ENGINE_LIMIT_BYTES = 4 << 30
 TIMEOUT_S = 3600.0  # a large teacher on a small board
 KEY_TIMEOUT_S = 180.0
 ATTEMPTS = 5  # to build again after the connection was lost
@@ -34,23 +35,27 @@ def build(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict
     folder, log, device = out / ENGINE, work / f"{job.backend.name}.log", job.open_device()
     shutil.copytree(bundle.file(ENGINE), folder)
     # Named by what is built: an engine that was finished when the connection was lost is not built again.
+    files = dict(job.backend.built_files)
+    if not device.transport.recorded:
+        files[job.backend.built_engine] = ENGINE_LIMIT_BYTES
     turn = device.reserved(lambda text: job.on_progress(0.1, text))
     with turn, device.job(f"build-{bundle.digest[:16]}") as there:
         there.put({file.name: file for file in folder.iterdir()})
         key = _key(there, subject, name)
         kept = Kept(job.store, key)
-        there.put(kept.files(job.backend.built_files))
+        there.put(kept.files(files))
         job.on_progress(0.2, f"building on {device.url}")
         finished = _ended(there)
         log.write_text(finished.stdout, encoding="utf-8")
         if finished.status:
             raise _failed(finished, subject, device.url, log)
         job.on_progress(0.9, "fetching the engine")
-        _fetch(there, job.backend.built_files, folder, key)
+        _fetch(there, files, folder, key)
     (out / LOG).mkdir()
     shutil.copyfile(log, out / LOG / log.name)
     reused = kept.is_there and (folder / RESULT).read_bytes() == kept.result.read_bytes()
-    kept.keep(folder, job.backend.built_files)
+    if not device.transport.recorded:
+        kept.keep(folder, files)
     return {"backend": name, "url": device.url, "reused": reused, **job.backend.built(folder)}
 
 
@@ -114,7 +119,7 @@ def _fetch(there: There, names: Mapping[str, int], folder: Path, key: Mapping[st
     for name, limit in names.items():
         if isinstance(listed, dict) and name in listed:
             there.get(name, folder / name, limit_bytes=limit)
-            if sha256_of(folder / name) != listed[name]:
+            if [sha256_of(folder / name), (folder / name).stat().st_size] != listed[name]:
                 raise StageError(
                     f'{name} from "{there.device.url}" is damaged: its sha256 is not the one in {RESULT}',
                     allowed="an engine that is not whole is never run",

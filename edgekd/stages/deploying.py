@@ -47,12 +47,11 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     """Deploy both engines to the device and measure them there, interleaved, for speed and accuracy."""
     spec = job.recipe.benchmark
     judge = job.dataset.judge("test", spec.accuracy_samples)
-    engines = {subject: _engine(subject, job, inputs) for subject in ("student", "teacher")}
+    engines = {subject: engine_of(subject, job, inputs) for subject in ("student", "teacher")}
     session = work / "session"
     found = benchmark(
         engines["student"], engines["teacher"], samples=job.images(0, len(judge.labels)), judge=judge,
-        device=job.open_device(), workdir=session, mode=job.mode(), launches=spec.launches,
-        lock_clocks=spec.lock_clocks, seed=job.recipe.seed,
+        device=job.open_device(), workdir=session, mode=job.mode(), **benchmark_options(job),
         on_progress=lambda share, left_s, text: job.on_progress(share, text),
     )  # fmt: skip
     for file in session.iterdir():
@@ -67,7 +66,13 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     return found
 
 
-def _engine(subject: str, job: Job, inputs: Inputs) -> Engine:
+def benchmark_options(job: Job) -> dict[str, Any]:
+    """How the recipe wants it measured, beside the mode."""
+    spec = job.recipe.benchmark
+    return {"launches": spec.launches, "lock_clocks": spec.lock_clocks, "seed": job.recipe.seed}
+
+
+def engine_of(subject: str, job: Job, inputs: Inputs) -> Engine:
     """What runs on the device: what was built there, where that is where it is built."""
     made = inputs.get(f"build-{subject}", inputs[f"engine-{subject}"])
     libraries = tuple(job.backend.libraries())

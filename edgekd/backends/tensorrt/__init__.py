@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import shlex
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -39,7 +41,8 @@ class TensorRT(Backend):
     # products always are. Without rounding, `clip_sum` goes into the convolution's own kernel. See docs/results.md.
     forms: ClassVar = {"any": "gather", "continuous": "clip_sum"}
     runner = Path(__file__).with_name("runner.py")
-    built_files: ClassVar = {"model.plan": 4 << 30, "layers.json": 64 << 20, "timing.cache": 256 << 20}
+    built_engine = "model.plan"
+    built_files: ClassVar = {"layers.json": 64 << 20, "timing.cache": 256 << 20}
 
     def __init__(
         self,
@@ -126,6 +129,15 @@ class TensorRT(Backend):
             "runtime": self.name, "version": self.version, "providers": ["built on the device"], "threads": threads,
             "precision": settings["precision"], "opset": model.opset_import[0].version,
         }  # fmt: skip
+
+    def build_commands(self, folder: Path, name: str) -> list[str]:
+        """With what is in the folder, or by trtexec as the target's release understands it."""
+        from edgekd.backends.tensorrt.on_device import build, trtexec
+
+        settings = build.settings_of(str(folder))
+        version = tuple(int(part) for part in re.findall(r"\d+", self.version)[:2])
+        argv = trtexec.build_argv("trtexec", version, settings, settings["profile"])
+        return [f"cd {name} && python3 -m on_device . && cd ..", f"# or: cd {name} && {shlex.join(argv)} && cd .."]
 
     def built(self, folder: Path) -> dict[str, Any]:
         """What the board built: identity, size, the precision of every layer, alarms; see `built.account`."""

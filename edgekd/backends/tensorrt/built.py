@@ -35,7 +35,7 @@ def account(folder: Path) -> dict[str, Any]:
     built = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     settings = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
     found: dict[str, Any] = {name: built[name] for name in FACTS if name in built}
-    found |= {"evidence": "built_on_device", "size_bytes": (folder / PLAN).stat().st_size}
+    found |= {"evidence": "built_on_device", "size_bytes": int(built["files"][PLAN][1])}
     if not (folder / LAYERS).is_file():
         alarm = f"TensorRT {built['version']} lists no layers: in which precision they run is not known"
         return found | {"layers": [], "kernels": None, "alarms": [alarm]}

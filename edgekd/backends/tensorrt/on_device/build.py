@@ -6,7 +6,7 @@ FOLDER/engine.json says how (`SETTINGS` lists its keys), FOLDER/build.json says 
     mode, tried       how precision was asked for, see `modes`; and what was refused before
     refused           why there is no engine, a sentence each; empty when there is one
     identity          what the engine belongs to, see `identity`
-    files             sha256 by name of what was made: engine, layer table, timing cache, as far as there are such
+    files             [sha256, bytes] by name of what was made: engine, layer table, timing cache, as far as there are
     seconds           that the build took
     argv, timed       of trtexec: its commands, and the times that it measured
 """
@@ -114,7 +114,8 @@ def finished(folder: str, result: dict[str, Any]) -> dict[str, Any]:
         for name in (PLAN, LAYERS):
             with contextlib.suppress(OSError):
                 os.remove(made[name])
-    result["files"] = {name: sha256(path) for name, path in made.items() if os.path.isfile(path)}
+    there = {name: path for name, path in made.items() if os.path.isfile(path)}
+    result["files"] = {name: [sha256(path), os.path.getsize(path)] for name, path in there.items()}
     write(os.path.join(folder, RESULT), json.dumps(result, indent=2, sort_keys=True).encode())
     return result
 

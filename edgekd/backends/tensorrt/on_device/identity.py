@@ -45,7 +45,7 @@ def stale(folder: str, wanted: dict[str, Any]) -> list[str]:
         digest = sha256(os.path.join(folder, PLAN))
     except (OSError, ValueError):
         return ["there is none"]
-    if digest != built.get("files", {}).get(PLAN):
+    if digest != built.get("files", {}).get(PLAN, [""])[0]:
         return ["its file is damaged, or was not built here"]
     return differences(built.get("identity", {}), wanted)
 

@@ -1,0 +1,78 @@
+"""A benchmark in one archive, for a board that edgekd cannot reach: unpack it, run one command, bring one file back.
+
+`run.py` and the README are for whoever sits at the board; what comes back is read by `edgekd.device.kit`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+HERE = Path(__file__).parent
+FOLDER = "edgekd-kit"
+# Written there while it is measured.
+WRITTEN = ("result.json",)
+
+
+def packed(
+    archive: Path,
+    files: Mapping[str, Path],
+    *,
+    name: str,
+    target: str,
+    backend: str,
+    built_files: Sequence[str],
+    commands: Sequence[str],
+) -> dict[str, Any]:
+    """Write the archive, a .tar.gz; the same files always give the same bytes.
+
+    files: the benchmark's bundle, and what else shall be there, by name; built_files: what a build leaves beside each
+    model, where engines are built on the board; commands: what is done there, for those who want to do it by hand.
+
+    Returns:
+        id: what the results must name, files: their number, size_bytes of the archive.
+    """
+    content = {path: file.read_bytes() for path, file in _every(files)} | {"run.py": (HERE / "run.py").read_bytes()}
+    sha256 = {path: hashlib.sha256(data).hexdigest() for path, data in content.items() if path not in WRITTEN}
+    kit = {
+        "name": name, "target": target, "backend": backend, "files": sha256,
+        "built_here": ["student", "teacher"] if built_files else [], "built_files": list(built_files),
+        "measured_files": ["result.json", *(f"{model}_{what}.npy" for model in ("student", "teacher")
+                                            for what in ("latency", "logits"))],
+    }  # fmt: skip
+    kit["id"] = hashlib.sha256(json.dumps(kit, sort_keys=True).encode()).hexdigest()
+    readme = Template((HERE / "README.md").read_text(encoding="utf-8")).substitute(
+        name=name, target=target, backend=backend, commands="\n".join(f"    {line}" for line in commands)
+    )
+    content |= {"kit.json": json.dumps(kit, indent=1, sort_keys=True).encode(), "README.md": readme.encode()}
+    _write(archive, content)
+    return {"id": kit["id"], "files": len(content), "size_bytes": archive.stat().st_size}
+
+
+def _every(files: Mapping[str, Path]) -> list[tuple[str, Path]]:
+    """Files, and all below folders, by their path in the kit."""
+    found = []
+    for name, source in files.items():
+        for file in [source] if source.is_file() else source.rglob("*"):
+            if file.is_file() and "__pycache__" not in file.parts:
+                found.append((name if file == source else f"{name}/{file.relative_to(source).as_posix()}", file))
+    return sorted(found)
+
+
+def _write(archive: Path, content: Mapping[str, bytes]) -> None:
+    with (
+        archive.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for path, data in sorted(content.items()):
+            entry = tarfile.TarInfo(f"{FOLDER}/{path}")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
