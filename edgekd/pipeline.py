@@ -181,8 +181,8 @@ TABLE: tuple[Stage, ...] = (
     Stage(
         "quantize", stages.quantize, _quantize, ("teacher", "student", "onnx-student", "finetune"), wanted=_quantizes
     ),
-    Stage("engine-teacher", partial(stages.engine, "teacher"), _engine, ("onnx-teacher",)),
-    Stage("engine-student", partial(stages.engine, "student"), _engine, ("onnx-student", "quantize")),
+    Stage("engine-teacher", partial(stages.engine, "teacher"), _engine, ("onnx-teacher",), version=2),
+    Stage("engine-student", partial(stages.engine, "student"), _engine, ("onnx-student", "quantize"), version=2),
     # Whether what was built before still fits is for the board to say: it is asked in every run.
     *(
         Stage(

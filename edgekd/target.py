@@ -81,7 +81,9 @@ def load(source: str) -> Target:
     except RecipeError as error:
         origin.locate(error)
         raise
-    return target.model_copy(update={"backends": complete})
+    target = target.model_copy(update={"backends": complete})
+    _check_accelerator(target)
+    return target
 
 
 def with_backend(target: Target, text: str) -> Target:
@@ -91,4 +93,19 @@ def with_backend(target: Target, text: str) -> Target:
     """
     own: dict[str, str | dict[str, Any]] = {name: {name: options} for name, options in target.choices}
     backend = value_from_yaml(text, "--backend") if text.startswith("{") else own.get(text, text)
-    return target.model_copy(update={"backends": [checked_choice(backend, "backend", "--backend")]})
+    target = target.model_copy(update={"backends": [checked_choice(backend, "backend", "--backend")]})
+    _check_accelerator(target)
+    return target
+
+
+def _check_accelerator(target: Target) -> None:
+    """Raises RecipeError for a deep learning accelerator that the board has not got."""
+    cores = target.board.dla_cores if target.board else None
+    for choice in target.choices:
+        asked = choice.options.get("dla_core", -1)
+        if cores is not None and asked >= cores:
+            raise RecipeError(
+                f"{choice.name}.dla_core = {asked}: target {target.name} has {cores} deep learning accelerators",
+                allowed=f"allowed: {', '.join(map(str, range(-1, cores)))}; -1 is the GPU alone",
+                fix="leave dla_core out, or name another board",
+            )

@@ -189,7 +189,7 @@ def test_alarms_name_the_layers_that_run_otherwise(tmp_path):
     rows = [
         {"layer": f"conv{at}", "asked": "int8", "ran": "fp16" if at < 7 else "int8", "kernel": "k"} for at in range(9)
     ]
-    assert built._float_alarm(rows) == [
+    assert built.float_alarm(rows) == [
         "7 of 9 layers that ask for INT8 run in float: conv0, conv1, conv2, conv3, conv4 and 2 more"
     ]
     assert built._gpu_alarm(["a", "b"]) == ["the DLA was asked for, and the GPU computes 2 layers: a, b"]

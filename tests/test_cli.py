@@ -18,8 +18,8 @@ from edgekd.cli.looking import KINDS
 from edgekd.errors import BudgetMissed, ResultInvalid
 
 COMMANDS = (
-    "bench", "calib", "check", "compile", "distill", "doctor", "export", "init", "list", "plan", "quantize", "report",
-    "run", "schema",
+    "bench", "calib", "check", "compile", "distill", "doctor", "export", "import", "init", "list", "plan", "quantize",
+    "report", "run", "schema",
 )  # fmt: skip
 
 
@@ -378,3 +378,12 @@ def test_a_progress_bar_on_a_terminal_but_not_in_ci(edgekd, own_done, tmp_path):
     assert "\x1b[?25l" in shown and "%" in shown and "done in" in shown  # the cursor is hidden while the bar is drawn
     shown = on_a_terminal(edgekd, own_done, tmp_path, CI="true")
     assert "\x1b[?25l" not in shown and "reused" in shown
+
+
+def test_a_model_that_is_not_there_cannot_be_checked(main, tmp_path):
+    code, _, err = main("check", tmp_path / "nothing.onnx")
+    assert code == 2 and err.splitlines() == [
+        f"error: {tmp_path / 'nothing.onnx'}: there is no such file",
+        "       expected: the path of an ONNX model",
+        "fix:   export one: edgekd export, then see .edgekd/store/onnx-student",
+    ]

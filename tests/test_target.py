@@ -107,3 +107,22 @@ def test_a_target_that_is_not_there(tmp_path, monkeypatch, source, lines):
     with pytest.raises(RecipeError) as caught:
         target.load(source)
     assert str(caught.value).splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("cores", "asked", "allowed"), [(0, 0, "-1; -1 is the GPU alone"), (2, 2, "-1, 0, 1; -1 is the GPU alone")]
+)
+def test_an_accelerator_that_the_board_has_not_got(tmp_path, cores, asked, allowed):
+    file = tmp_path / "mine.yaml"
+    board = f"{{soc: tegra234, memory_gb: [8], dla_cores: {cores}}}"
+    file.write_text(f"name: mine\nbackends: [tensorrt: {{dla_core: {asked}}}]\nboard: {board}\n")
+    with pytest.raises(RecipeError) as caught:
+        target.load(str(file))
+    assert str(caught.value).splitlines() == [
+        f"error: tensorrt.dla_core = {asked}: target mine has {cores} deep learning accelerators",
+        f"       allowed: {allowed}",
+        "fix:   leave dla_core out, or name another board",
+    ]
+    if cores:
+        file.write_text(file.read_text().replace(f"dla_core: {asked}", "dla_core: 1"))
+        assert target.load(str(file)).choices[0].options["dla_core"] == 1

@@ -10,7 +10,7 @@ import typer
 
 from edgekd.cli.options import STORE, ColorOption, DebugOption, JsonOption, StoreOption, TargetOption, terminal_of
 from edgekd.cli.running import written
-from edgekd.errors import StageError, unknown
+from edgekd.errors import RecipeError, StageError, unknown
 
 if TYPE_CHECKING:
     from edgekd.terminal import Terminal
@@ -94,6 +94,12 @@ def check(
     from edgekd import backends, registry
     from edgekd import target as targets
 
+    if not model.is_file():
+        raise RecipeError(
+            f"{model}: there is no such file",
+            allowed="expected: the path of an ONNX model",
+            fix="export one: edgekd export, then see .edgekd/store/onnx-student",
+        )
     choice = targets.load(target).choices[0]
     backend: backends.Backend = registry.create("backend", choice.name, options=choice.options)
     found = backend.examine(model, log)

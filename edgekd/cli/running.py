@@ -320,6 +320,9 @@ def _show(document: Document, path: Path, terminal: Terminal) -> None:
     columns, *rows = ([cells[at] for at in LADDER_COLUMNS] for cells in lines)
     terminal.table(columns, rows)
     terminal.say("")
+    for name, engine in document.engines.items():
+        for alarm in engine.alarms:
+            terminal.say(f"alarm: {name}: {alarm}")
     terminal.say(f"{document.verdict.status_text}: {tables.headline(document)}")
     terminal.say(str(path))
 

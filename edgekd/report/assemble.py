@@ -13,6 +13,7 @@ import numpy.typing as npt
 from edgekd import registry, stats, tasks
 from edgekd.artifact import Artifact
 from edgekd.bench.latencies import DURATION, START, of_batch
+from edgekd.report import evidence
 from edgekd.report.document import (
     NETWORKS,
     RUNGS,
@@ -76,6 +77,8 @@ def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Docume
         confusion=_confusion(task, artifacts),
         activation=_activation(artifacts),
         quantization=_quantization(task, record, artifacts),
+        engines=evidence.engines(artifacts),
+        evidence=evidence.claims(artifacts),
         telemetry=_telemetry(bench),
         environment=_environment(artifacts),
         artifacts=[_listed(stage, artifact) for stage, artifact in artifacts.items()],
@@ -89,11 +92,11 @@ def _row(task: Task, rung: Rung, record: Mapping[str, Any], artifacts: Artifacts
         return LadderRow(rung=rung, reason=_why_not(rung, record["recipe"]))
     result = artifact.result
     if rung == "device":
-        found, size = result["accuracy"]["student"], artifacts["engine-student"].result.get("size_bytes")
+        found, size = result["accuracy"]["student"], evidence.engine_size(artifacts)
     elif rung == "quantized":
         found, size = result, result["size"]["bytes"]
     else:
-        found, size = result, result.get("size_bytes")
+        found, size = result, evidence.engine_size(artifacts) if rung == "engine" else result.get("size_bytes")
     if "score" not in found:
         return LadderRow(rung=rung, reason="runs on the device alone; see the row below", size_bytes=size)
     network = artifacts.get("scratch" if rung == "scratch" else "teacher" if rung == "teacher" else "student")

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from edgekd.errors import StoreError
+from edgekd.report.engines import Claim, CompiledEngine
 from edgekd.report.measuring import Loadgen, Mode
 from edgekd.report.part import AGREE, Absent, AccuracyChange, Count, Metric, Part, Positive, Ratio, Span
 from edgekd.report.quantization import Quantization
@@ -303,6 +304,8 @@ class Document(Part):
     confusion: Confusion | Absent = NOT_RECORDED
     activation: list[Activation] | Absent = NOT_RECORDED
     quantization: Quantization | Absent = NOT_RECORDED
+    engines: dict[Literal["student", "teacher"], CompiledEngine] = Field({})
+    evidence: list[Claim] = Field([])
     telemetry: Telemetry | Absent = NOT_RECORDED
     environment: dict[str, Any] = Field({})
     artifacts: list[StageArtifact] = Field([])

@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from edgekd.report import (
     boards,
+    engine_tables,
     figures,
     measuring_figures,
     measuring_tables,
@@ -75,6 +76,7 @@ def _context(document: Document) -> dict[str, Any]:
         "activations": _activation_figures(document.activation),
         "quantization": _absent_or(document.quantization, quantization_tables.passages),
         "quantization_figures": _absent_or(document.quantization, quantization_figures.of_quantization),
+        "engines": engine_tables.passages(document),
         "budgets_met": _all_met(document),
         "environment_groups": _groups(document.environment),
         "target": flat(document.target),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgekd.report import boards, measuring_tables, quantization_tables, tables
+from edgekd.report import boards, engine_tables, measuring_tables, quantization_tables, tables
 from edgekd.report.document import Document
 from edgekd.report.formatting import DASH, flat
 from edgekd.report.part import Absent
@@ -40,6 +40,8 @@ def markdown_from_document(document: Document) -> str:
         parts.append(_inline(document.quantization.reason))
     else:
         parts += _passages(quantization_tables.passages(document.quantization))
+    compiled = _passages(engine_tables.passages(document))
+    parts += ["## Engines", *(compiled or ["Nothing was compiled yet: edgekd compile."])]
     facts = flat(document.environment)
     rows = "\n".join(f"| {_inline(name)} | {_inline(value)} |" for name, value in facts)
     parts += ["## Environment", f"| Fact | Value |\n|:---|:---|\n{rows}" if facts else "The run recorded no facts."]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgekd import backends
+from edgekd.artifact import LOG
 from edgekd.backends import Engine
 from edgekd.bench import benchmark, loadgen
 from edgekd.errors import StageError
@@ -18,21 +19,16 @@ from edgekd.stages.job import ENGINE, LABELS, LOGITS, MODEL, Inputs, Job, test_l
 def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     """Compile a model for the target's preferred backend; where what it made runs here, measure it."""
     model = _dialect(job, inputs, work) if "quantize" in inputs else inputs[f"onnx-{subject}"].file(MODEL)
-    problems = job.backend.check(model)
-    if problems:
-        raise StageError(
-            f"backend {job.backend.name} cannot run {subject}.onnx: {problems[0]}",
-            allowed=f"{len(problems)} problem{'s' * (len(problems) > 1)} in all",
-            fix="choose another backend in the target, or change the network",
-        )
+    found = _examined(job, subject, model, out / LOG)
     job.on_progress(0.2, f"compiling for {job.backend.name}")
     built = Engine(subject, out / ENGINE, job.backend.runner, job.backend.name)
     built.folder.mkdir()
     job.backend.kept = job.store.cache("compile", [job.backend.name])
     job.backend.on_progress = lambda share, text: job.on_progress(0.2 + 0.3 * share, text)
     facts = job.backend.compile(model, built.folder, threads=job.target.threads)
-    result: dict[str, Any] = {"backend": job.backend.name, "facts": facts}
+    result: dict[str, Any] = {"backend": job.backend.name, "facts": facts, **found}
     if job.backend.builds_on == "host":
+        result["evidence"] = "compiled_on_host"
         result["size_bytes"] = _size(built.folder)
     if job.backend.runs_here:
         job.on_progress(0.5, "measuring the engine")
@@ -41,6 +37,37 @@ def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dic
         np.save(out / LOGITS, logits)
         result |= job.measured(logits)
     return result
+
+
+def _examined(job: Job, subject: str, model: Path, log: Path) -> dict[str, Any]:
+    """What is known of a model before its device is reached: {evidence, findings, compiled}. Raises StageError when its
+    compiler would refuse it; one that crashes or hangs, and is not the one that will compile it, proves nothing."""
+    log.mkdir()
+    try:
+        found = job.backend.examine(model, log / "compiler.log")
+    except StageError as error:
+        if job.backend.builds_on == "host":
+            raise
+        problems = [{"node": "", "reason": one, "fix": "", "effect": "rejected"} for one in job.backend.check(model)]
+        found = {"evidence": "linted", "findings": problems, "compiled": {"alarms": [error.what], "refused": []}}
+    compiled = found["compiled"] or {}
+    reasons = [
+        f"{row['node']}: {row['reason']}; {row['fix']}" if row["node"] else row["reason"]
+        for row in found["findings"]
+        if row["effect"] == "rejected"
+    ] or list(compiled.get("refused", ()))
+    if reasons:
+        raise StageError(
+            f"backend {job.backend.name} cannot run {subject}.onnx: {reasons[0]}",
+            allowed=f"{len(reasons)} problem{'s' * (len(reasons) > 1)} in all",
+            fix="choose another backend in the target, or change the network",
+        )
+    known = {name: compiled[name] for name in ("compiler", "kernels", "alarms") if name in compiled}
+    return {
+        "evidence": found["evidence"],
+        "findings": [{name: row[name] for name in ("node", "reason", "fix")} for row in found["findings"]],
+        "compiled": {**known, "layers": compiled.get("precisions", [])} if compiled else None,
+    }
 
 
 def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:

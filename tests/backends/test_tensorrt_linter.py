@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.backends.tensorrt import compiler
-from edgekd.backends.tensorrt.linter import lint
+from edgekd.backends.tensorrt.linter import lint, lint_for_dla
 from edgekd.backends.tensorrt.releases import release_of, releases
 
 node = helper.make_node
@@ -85,6 +85,7 @@ REJECTED = {
         graph(*AXES, node("ReduceMean", ["x", "axes"], ["y"]), **ONE),
         graph(*AXES, node("Unsqueeze", ["x", "axes"], ["y"]), **ONE),
         graph(*AXES, node("Slice", ["x", "one", "two", "axes"], ["y"]), two=np.array([2]), **ONE),
+        graph(*AXES, node("CumSum", ["x", "axes"], ["y"]), **ONE),
         graph(*AXES, node("Pad", ["x", "two", "", "axes"], ["y"]), two=np.array([2, 2]), **ONE),
     ],
     "zero point": [pair(zero=np.int8(-5)), pair(zero=np.uint8(128))],
@@ -99,7 +100,13 @@ REJECTED = {
 # Rejected by what NVIDIA documents for the releases on the boards; the compiler at hand is more lenient.
 BY_DOCUMENT = {
     "resize": [
-        graph(node("Resize", ["x", "", "scales"], ["y"], mode="cubic"), scales=np.array([1, 1, 2, 2], np.float32)),
+        graph(node("Resize", ["x", "", "scales"], ["y"], **options), scales=np.array([1, 1, 2, 2], np.float32))
+        for options in ({"mode": "cubic"}, {"antialias": 1}, {"keep_aspect_ratio_policy": "not_larger"})
+    ],
+    "onehot": [
+        graph(
+            *AXES, node("OneHot", ["i", "axes", "two"], ["y"]), i=np.array([1]), two=np.array([0, 1], np.float32), **ONE
+        ),
     ],
     "uint8": [pair(zero=np.uint8(0)), pair(zero=None)],
     "topk": [graph(*AXES, node("TopK", ["x", "axes"], ["y", "i"], axis=1), **ONE)],
@@ -192,6 +199,46 @@ def test_operators_come_with_releases(operator, last_without, first_with):
     (finding,) = lint(model, last_without)
     assert finding.rule == "operator"
     assert finding.reason.endswith(f"on, not by {last_without}")
+
+
+@pytest.mark.parametrize(
+    ("rule", "broken", "last_with", "first_without"),
+    [
+        ("einsum", node("Einsum", ["x"], ["y"], equation="...ij->...ji"), "8.6.2", "10.3"),
+        ("einsum", node("Einsum", ["x"], ["y"], equation="bcii->bci"), "8.6.2", "10.3"),
+        ("weights", node("Conv", ["x", "x"], ["y"]), "8.4.1", "8.5.2"),
+        ("limits", node("NonMaxSuppression", ["x", "x", "x"], ["y"]), "8.2.1", "8.5.2"),
+    ],
+)
+def test_restrictions_go_with_releases(rule, broken, last_with, first_without):
+    model = graph(broken, opset=13)
+    (finding,) = lint(model, last_with)
+    assert (finding.rule, finding.node) == (rule, "it")
+    assert lint(model, first_without) == []
+
+
+def test_rounded_weights_are_constant():
+    model = graph(
+        node("QuantizeLinear", ["w", "s"], ["q"]), node("DequantizeLinear", ["q", "s"], ["d"]),
+        node("Conv", ["x", "d"], ["y"]), opset=13, w=np.ones((2, 4, 1, 1), np.float32), s=np.float32(1),
+    )  # fmt: skip
+    assert "weights" not in {finding.rule for finding in lint(model, "8.2.1")}
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "shape", "rules"),
+    [
+        ("10.3.0", "fp16", IMAGE, []),
+        ("10.3.0", "fp32", IMAGE, ["dla precision"]),
+        ("8.5.2", "int8", IMAGE, ["dla rounding"]),
+        ("11.4.1", "int8", IMAGE, []),
+        ("10.13.3", "fp16", ("batch", 4, 8, 8), ["dla release", "dla shape"]),
+    ],
+)
+def test_what_an_accelerator_leaves_to_the_gpu(version, precision, shape, rules):
+    found = lint_for_dla(graph(node("Relu", ["x"], ["y"]), shape=shape), version, precision)
+    assert [finding.rule for finding in found] == rules
+    assert all(finding.effect == "slow" and "the GPU computes it" in finding.reason for finding in found)
 
 
 def test_what_is_one_operator_later_is_written_in_parts():

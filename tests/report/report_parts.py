@@ -276,6 +276,26 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def an_engine(layers: int) -> dict:
+    """As a board that builds its engines itself leaves it: one layer in float, one kernel per layer."""
+    return {
+        "backend": "tensorrt",
+        "evidence": "built_on_device",
+        "compiler": "tensorrt 10.3.0",
+        "size_bytes": 335_000,
+        "build_seconds": 41.5,
+        "kernels": layers + 3,
+        "layers": [
+            {"layer": f"conv{i}", "operator": "Conv", "asked": "int8", "ran": "fp16" if i == 1 else "int8",
+             "kernel": f"conv{i} + relu{i}"}
+            for i in range(layers)
+        ],
+        "alarms": [f"1 of {layers} layers that ask for INT8 run in float: conv1"],
+        "findings": [{"node": "pool", "reason": "both inputs are rounded", "fix": "round the skip input alone"}],
+        "facts": {"device": "Orin", "asked for by": "strongly typed"},
+    }  # fmt: skip
+
+
 def a_report() -> dict:
     """The JSON of a run with every part in it."""
     teacher, student = a_latency(18.6, 168_000_000, 1), a_latency(4.3, 61_000_000, 2)
@@ -350,6 +370,11 @@ def a_report() -> dict:
         "confusion": {"classes": CLASSES, "student": a_matrix(0.92, 1), "teacher": a_matrix(0.93, 2)},
         "activation": [a_layer(index) for index in range(6)],
         "quantization": a_quantization(),
+        "engines": {"student": an_engine(5), "teacher": an_engine(9) | {"alarms": [], "findings": []}},
+        "evidence": [
+            {"subject": "acceptance", "evidence": "built_on_device", "basis": "tensorrt 10.3.0 on Orin"},
+            {"subject": "latency", "evidence": "measured_on_device", "basis": "Orin"},
+        ],
         "telemetry": {
             "time_s": time_s.tolist(),
             "series": {

@@ -23,6 +23,7 @@ SECTIONS = [
     "Confusion matrix",
     "Learned activations",
     "Quantization",
+    "Engines",
     "Environment",
     "Artifacts",
     "Recipe, every default filled in",

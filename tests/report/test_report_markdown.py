@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from edgekd.report import Document
+from edgekd.report import Document, engine_tables
 from edgekd.report.document import Energy
 from edgekd.report.formatting import milliseconds, percent, times
 from edgekd.report.markdown import markdown_from_document
@@ -20,8 +20,9 @@ def tables_in(markdown: str) -> list[list[list[str]]]:
 
 def test_tables_parse(document):
     found = tables_in(markdown_from_document(document))
-    quantized = [passage for passage in passages(document.quantization) if passage.table]
-    assert len(found) == 7 + len(quantized)  # budgets, ladder, attack, latency, launches, mode, environment
+    rest = [*passages(document.quantization), *engine_tables.passages(document)]
+    with_tables = sum(passage.table is not None for passage in rest)
+    assert len(found) == 7 + with_tables  # budgets, ladder, attack, latency, launches, mode, environment
     for rows in found:
         assert {len(row) for row in rows} == {len(rows[0])}
         assert all(re.fullmatch(r"\s*(:---|---:)\s*", cell) for cell in rows[1])

@@ -71,9 +71,11 @@ class TensorRT(Backend):
 
     def findings(self, onnx: Path) -> list[Finding]:
         """Every finding of the linter, also of what is slow. Raises StageError for what cannot be prepared."""
-        from edgekd.backends.tensorrt.linter import lint
+        from edgekd.backends.tensorrt.linter import lint, lint_for_dla
 
-        return lint(self._prepared(onnx), self.version)
+        model = self._prepared(onnx)
+        found = lint(model, self.version)
+        return found + lint_for_dla(model, self.version, precision_of(model)) if self.dla_core >= 0 else found
 
     def examine(self, onnx: Path, log: Path) -> dict[str, Any]:
         """What can be known of a model before the board is reached; ready for JSON.
@@ -82,11 +84,12 @@ class TensorRT(Backend):
 
         Returns:
             version, evidence ("linted", or "compiled_by_..."), findings: a row {node, rule, effect, reason, fix} each,
-            compiled: None, or {compiler, sm, refused, layers, and the numbers of `compiler.Account`}.
+            compiled: None, or {compiler, sm, refused, layers (kernels), precisions (rows {layer, operator, asked, ran,
+            kernel}), alarms, and the numbers of `compiler.Account`}.
         """
         import onnx as onnx_package
 
-        from edgekd.backends.tensorrt import compiler
+        from edgekd.backends.tensorrt import built, compiler
 
         self.require()
         found: dict[str, Any] = {"version": self.version, "evidence": "linted", "compiled": None}
@@ -99,7 +102,9 @@ class TensorRT(Backend):
             onnx_package.save(model, file)
             made = compiler.compiled(file, log, precision=precision_of(model))
         numbers = compiler.account(model, made.kernels).facts() if not made.refused else {}
+        rows = built.layer_rows(model, made.kernels) if not made.refused else []
         compiled = {"compiler": made.compiler, "sm": made.sm, "refused": made.refused, **numbers}
+        compiled |= {"precisions": rows, "alarms": built.float_alarm(rows)}
         return found | {"evidence": made.evidence, "compiled": compiled | {"layers": [asdict(k) for k in made.kernels]}}
 
     def compile(self, onnx: Path, out: Path, *, threads: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def account(folder: Path) -> dict[str, Any]:
         return found | {"layers": [], "kernels": None, "alarms": [alarm]}
     rows = layers_from_json((folder / LAYERS).read_text(encoding="utf-8"))
     layers = layer_rows(onnx.load(str(folder / MODEL)), kernels_from_rows(rows))
-    alarms = [*_float_alarm(layers), *(_gpu_alarm(on_the_gpu(rows)) if settings["dla_core"] >= 0 else ())]
+    alarms = [*float_alarm(layers), *(_gpu_alarm(on_the_gpu(rows)) if settings["dla_core"] >= 0 else ())]
     return found | {"layers": layers, "kernels": len(rows), "alarms": alarms}
 
 
@@ -79,7 +79,8 @@ def _ran(name: str, kernels: tuple[Kernel, ...]) -> dict[str, str]:
     return {"ran": ran, "kernel": kernel.name}
 
 
-def _float_alarm(layers: Sequence[Mapping[str, str]]) -> list[str]:
+def float_alarm(layers: Sequence[Mapping[str, str]]) -> list[str]:
+    """A sentence where layers that ask for INT8 run in float."""
     asked = [row for row in layers if row["asked"] == "int8"]
     other = [row["layer"] for row in asked if row["ran"] not in ("int8", "on the DLA", UNKNOWN)]
     return [f"{len(other)} of {len(asked)} layers that ask for INT8 run in float: {_names(other)}"] if other else []

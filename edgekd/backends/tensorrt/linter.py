@@ -6,13 +6,15 @@ release, shapes, and what the parser says no to by the node.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import onnx
 
-from edgekd.backends.tensorrt.releases import Release, release_of
+from edgekd.backends.tensorrt.releases import Release, release_of, version_of
 from edgekd.quantize.graph import STANDARD_DOMAINS, Graph, attributes
 from edgekd.quantize.rules import PAIR, Finding, check
 
@@ -20,7 +22,7 @@ _POOLS = ("MaxPool", "AveragePool")
 # Which input says along what axes.
 _AXES = {
     **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), 1),
-    "Squeeze": 1, "Unsqueeze": 1, "Slice": 3, "Pad": 3,
+    "Squeeze": 1, "Unsqueeze": 1, "Slice": 3, "Pad": 3, "CumSum": 1,
 }  # fmt: skip
 _MOST_FOUND = 3840  # by TopK
 _IN_PARTS = {
@@ -46,8 +48,31 @@ def lint(model: onnx.ModelProto, version: str) -> list[Finding]:
         found += _operator(node, model, release, version)
         found += _tensor_types(node)
         for rule in _BY_OPERATOR.get(node.op_type, ()):
-            found += rule(node, graph)
+            if release.version < _UNTIL.get(rule, (sys.maxsize,)):
+                found += rule(node, graph)
     return found + check(model)
+
+
+# Without accelerators, as far as NVIDIA says: 10.7 was the last 10 to have them, and 11.4 brings them back.
+_NO_DLA = ((10, 8), (11, 4))
+
+
+def lint_for_dla(model: onnx.ModelProto, version: str, precision: str) -> list[Finding]:
+    """What keeps a deep learning accelerator from computing the model, so that the GPU does it; nothing is rejected."""
+
+    def slow(rule: str, reason: str, fix: str) -> Finding:
+        return Finding("model", rule, "slow", f"the DLA was asked for, and {reason}: the GPU computes it", fix)
+
+    found = []
+    if _NO_DLA[0] <= version_of(version) < _NO_DLA[1]:
+        found.append(slow("dla release", f"TensorRT {version} has none", "set dla_core = -1"))
+    if precision == "fp32":
+        found.append(slow("dla precision", "it computes in FP16 and INT8 alone", "set quantize.method = fp16 or ptq"))
+    if precision == "int8" and version_of(version) < _NO_DLA[1]:
+        found.append(slow("dla rounding", "it takes no Q/DQ pairs before 11.4", "set quantize.method = fp16"))
+    if any(not value.type.tensor_type.shape.dim[0].dim_value for value in model.graph.input):
+        found.append(slow("dla shape", "it takes fixed sizes alone", "set export.batch = static"))
+    return found
 
 
 def _found(node: onnx.NodeProto, rule: str, reason: str, fix: str) -> Finding:
@@ -116,6 +141,11 @@ def _resize(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
     mode = attributes(node).get("mode", b"nearest").decode()
     if mode not in ("nearest", "linear"):
         yield _found(node, "resize", f"its mode is {mode}", "resize by nearest or linear")
+    if attributes(node).get("antialias", 0):
+        yield _found(node, "resize", "it asks for antialiasing", "resize without antialiasing")
+    policy = attributes(node).get("keep_aspect_ratio_policy", b"stretch").decode()
+    if policy != "stretch":
+        yield _found(node, "resize", f"its aspect ratio policy is {policy}", "give the size of both axes")
 
 
 def _topk(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
@@ -130,6 +160,32 @@ def _scatter(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
     reduction = attributes(node).get("reduction", b"none").decode()
     if reduction != "none":
         yield _found(node, "scatter", f"its reduction is {reduction}", "scatter without reduction")
+
+
+def _einsum(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
+    equation = attributes(node)["equation"].decode()
+    terms = re.split(r",|->", equation.replace(" ", ""))
+    if "..." in equation or any(len(set(term)) < len(term) for term in terms):
+        yield _found(node, "einsum", f"{equation} has an ellipsis or a diagonal", "write it with matmul and sums")
+
+
+def _weights(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
+    """Constant, or the rounding of a constant."""
+    name = node.input[1]
+    while (maker := graph.makers.get(name)) is not None and maker.op_type in PAIR:
+        name = maker.input[0]
+    if name not in graph.constants:
+        yield _found(node, "weights", f"its weights {node.input[1]} are not constant", "make them a parameter")
+
+
+def _depth(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
+    if node.input[1] not in graph.constants:
+        yield _found(node, "onehot", "its depth is not constant", "fix the number of classes in the network's forward")
+
+
+def _limits(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
+    if open_limits := [name for name in node.input[2:] if name and name not in graph.constants]:
+        yield _found(node, "limits", f"{', '.join(open_limits)} are not constant", "fix them in the network's forward")
 
 
 def _axes(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
@@ -150,7 +206,17 @@ _BY_OPERATOR: dict[str, tuple[Callable[[onnx.NodeProto, Graph], Iterator[Finding
     **dict.fromkeys(_POOLS, (_pool,)),
     **dict.fromkeys(_AXES, (_axes,)),
     **dict.fromkeys(PAIR, (_pair_type,)),
+    **dict.fromkeys(("Conv", "ConvTranspose"), (_weights,)),
+    "Einsum": (_einsum,),
+    "NonMaxSuppression": (_limits,),
+    "OneHot": (_depth,),
     "Resize": (_resize,),
     "TopK": (_topk,),
     "ScatterND": (_scatter,),
+}
+# Restrictions that a release has lifted.
+_UNTIL: dict[Callable[[onnx.NodeProto, Graph], Iterator[Finding]], tuple[int, ...]] = {
+    _einsum: (10, 0),
+    _weights: (8, 5),
+    _limits: (8, 5),
 }

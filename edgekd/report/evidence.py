@@ -1,0 +1,102 @@
+"""From what the stages stored to the report's part on engines: what was compiled, by whom, and what that proves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgekd.artifact import Artifact
+from edgekd.report.engines import MEASURED, Claim, CompiledEngine
+from edgekd.report.formatting import fact, milliseconds
+
+Artifacts = Mapping[str, Artifact]
+MEASURED_ON_HOST = "measured_on_host"
+IDENTITY = ("device", "compute_capability", "multiprocessors", "l4t")
+
+
+def engines(artifacts: Artifacts) -> dict[str, CompiledEngine]:
+    """Student and teacher as they were compiled, as far as they were."""
+    found = {}
+    for subject in ("student", "teacher"):
+        if f"build-{subject}" in artifacts:
+            found[subject] = _built(artifacts[f"build-{subject}"].result, artifacts[f"engine-{subject}"].result)
+        elif f"engine-{subject}" in artifacts:
+            found[subject] = _compiled(artifacts[f"engine-{subject}"].result)
+    return found
+
+
+def _compiled(result: Mapping[str, Any]) -> CompiledEngine:
+    compiled = result["compiled"] or {}
+    facts = result["facts"]
+    return CompiledEngine(
+        backend=result["backend"],
+        evidence=result["evidence"],
+        compiler=compiled.get("compiler") or f"{facts['runtime']} {facts['version']}",
+        size_bytes=result.get("size_bytes"),
+        kernels=compiled.get("kernels"),
+        layers=compiled.get("layers", []),
+        alarms=compiled.get("alarms", []),
+        findings=_findings(result),
+    )
+
+
+def _built(result: Mapping[str, Any], engine: Mapping[str, Any]) -> CompiledEngine:
+    identity = result["identity"]
+    told = {name.replace("_", " "): fact(identity[name]) for name in IDENTITY if identity.get(name) is not None}
+    told |= {"asked for by": result["mode"]} if "mode" in result else {}
+    told |= {f"refused by {one['mode']}": "; ".join(one["refused"]) for one in result.get("tried", [])}
+    told |= {f"command {number}": " ".join(argv) for number, argv in enumerate(result.get("argv", []), start=1)}
+    for name, times in result.get("timed", {}).items():
+        if "latency" in times:
+            told[f"trtexec, {name.replace('_', ' ')}"] = f"median {milliseconds(times['latency']['median'])}"
+    return CompiledEngine(
+        backend=result["backend"],
+        evidence=result["evidence"],
+        compiler=f"{result['module']} {result['version']}",
+        size_bytes=result["size_bytes"],
+        build_seconds=result["seconds"],
+        kernels=result["kernels"],
+        layers=result["layers"],
+        alarms=result["alarms"],
+        findings=_findings(engine),
+        facts=told,
+    )
+
+
+def _findings(engine: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [{name: row[name] for name in ("node", "reason", "fix")} for row in engine["findings"]]
+
+
+def claims(artifacts: Artifacts) -> list[Claim]:
+    """What the report says of the student's deployment, with the level of each."""
+    found = []
+    student = engines(artifacts).get("student")
+    if student is not None:
+        where = f" on {student.facts['device']}" if "device" in student.facts else ""
+        rules = "rules of its releases; no compiler was asked: pip install 'edgekd[trt-check]', or build on the board"
+        basis = rules if student.evidence == "linted" else student.compiler + where
+        found.append(Claim(subject="acceptance", evidence=student.evidence, basis=basis))
+        if student.layers:
+            found.append(Claim(subject="layers", evidence=student.evidence, basis=basis))
+        if student.size_bytes is not None:
+            found.append(Claim(subject="engine size", evidence=student.evidence, basis=basis))
+    if "bench" in artifacts:
+        bench = artifacts["bench"].result
+        basis = f"{bench['device']['model'] or bench['device']['cpu']}, {bench['url'].partition('?')[0]}"
+        found.append(Claim(subject="accuracy", evidence=MEASURED, basis=basis))
+        found.append(Claim(subject="latency", evidence=MEASURED, basis=basis))
+        if rails := [row["rail"] for row in bench["energy"]["student"]]:
+            found.append(Claim(subject="energy", evidence=MEASURED, basis=f"{basis}; rails {', '.join(rails)}"))
+    elif "student" in artifacts:
+        last = [name for name in ("student", "onnx-student", "quantize") if name in artifacts][-1]
+        compiled = "engine-student" in artifacts and "score" in artifacts["engine-student"].result
+        basis = f"the artifact {'engine-student' if compiled else last}, on this machine"
+        found.append(Claim(subject="accuracy", evidence=MEASURED_ON_HOST, basis=basis))
+    return found
+
+
+def engine_size(artifacts: Artifacts) -> int | None:
+    """Bytes of the student's engine; None where none was made."""
+    made = artifacts.get("build-student", artifacts["engine-student"])
+    size: int | None = made.result.get("size_bytes")
+    return size
