@@ -9,6 +9,7 @@ from edgekd import pipeline, recipe
 from edgekd.artifact import Store
 from edgekd.device import kit
 from edgekd.errors import RecipeError, StoreError
+from edgekd.stage_table import TABLE
 from edgekd.stages import Job
 from edgekd.target import Target
 
@@ -36,7 +37,7 @@ def job_of_kit(store: Store, results: Path, *, run_id: str, created: str, comman
         target=recipe.checked(Target, record["target"], fix=f"make the kit again: {record['command']}"),
         store=store, run_id=run_id, created=created, command=command, device=f"kit:{results.resolve()}",
     )  # fmt: skip
-    measuring = {stage.name for stage in pipeline.TABLE if stage.measures}
+    measuring = {stage.name for stage in TABLE if stage.measures}
     if gone := [
         one.stage for one in pipeline.plan(job, "bench") if one.action != "reuse" and one.stage not in measuring
     ]:

@@ -22,6 +22,7 @@ from edgekd import importing, kit, pipeline, stages
 from edgekd.artifact import Store
 from edgekd.device import Device
 from edgekd.errors import RecipeError, StageError
+from edgekd.stage_table import last_stage
 
 BOARD = """\
 name: my-board
@@ -45,7 +46,7 @@ def python_with(folder, *packages):
 def packed(store, target, folder):
     """The kit of the tiny job, unpacked: its folder."""
     job = make_job(store, target=str(target))
-    assert pipeline.last_stage("run", job) == pipeline.last_stage("export", job) == "kit"
+    assert last_stage("run", job) == last_stage("export", job) == "kit"
     made = pipeline.run(job, "kit")["kit"]
     with tarfile.open(made.file(stages.ARCHIVE)) as archive:
         archive.extractall(folder, filter="data")

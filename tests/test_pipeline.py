@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_job import TINY, make_job
 
-from edgekd import pipeline
+from edgekd import pipeline, stage_table
 from edgekd.artifact import LOG
 from edgekd.errors import CheckpointError, MissingError, RecipeError, StoreError
 
@@ -155,7 +155,9 @@ def test_a_run_does_what_was_planned(own_done):
 
 def test_each_command_runs_its_stages(done):
     job = make_job(done.store)
-    wanted = {command: [stage.name for stage in pipeline.needed(job, last)] for command, last in pipeline.LAST.items()}
+    wanted = {
+        command: [stage.name for stage in stage_table.needed(job, last)] for command, last in stage_table.LAST.items()
+    }
     assert wanted["distill"] == ["teacher", "scratch", "student"]
     assert wanted["export"] == [*wanted["distill"], "onnx-teacher", "onnx-student"]
     assert wanted["compile"] == [*wanted["export"], "engine-teacher", "engine-student"]

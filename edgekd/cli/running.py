@@ -229,9 +229,10 @@ def _show_plans(jobs: Mapping[str, Job], command: str, terminal: Terminal, json_
 
 def _planned(job: Job, command: str) -> list[dict[str, str]]:
     from edgekd import pipeline
+    from edgekd.stage_table import last_stage
 
     with located(job):
-        planned = pipeline.plan(job, pipeline.last_stage(command, job))
+        planned = pipeline.plan(job, last_stage(command, job))
     return [{"stage": one.stage, "action": one.action, "key": one.key} for one in planned]
 
 
@@ -248,8 +249,9 @@ def _show_plan(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
 def _run(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
     from edgekd import pipeline
     from edgekd.report import Document
+    from edgekd.stage_table import last_stage
 
-    last = pipeline.last_stage(command, job)
+    last = last_stage(command, job)
     with located(job), terminal.working():
         made = pipeline.run(job, last, terminal.on_stage)
     if not pipeline.is_main_process():
