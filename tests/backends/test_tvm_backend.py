@@ -286,27 +286,30 @@ def relu_kernels(tmp_path_factory):
     return create().compile(stack(folder / "relu.onnx", "relu"), folder, threads=1)["kernels"]
 
 
-@pytest.mark.parametrize("form", ["where", "relu_sum", slow("step_sum"), slow("clip_sum")])
+@pytest.mark.parametrize("form", ["function", "where", slow("relu_sum"), slow("step_sum"), slow("clip_sum")])
 def test_lma_becomes_part_of_the_convolutions_loop(tmp_path, form, relu_kernels):
     continuous = FORMS[form].exact_for == "continuous"
     path = stack(tmp_path / "lma.onnx", "lma", form, k=8, continuous=continuous)
     facts = create().compile(path, tmp_path, threads=1)
     assert (facts["kernels"], facts["unscheduled"]) == (relu_kernels, [])
+    assert [(row["segments"], row["form"] in row["over_relu"]) for row in facts["lma"]] == [(8, True)] * (
+        form == "function"
+    )
     x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
     (expected,) = onnxruntime.InferenceSession(str(path)).run(None, {"images": x})
     np.testing.assert_allclose(runner.load(str(tmp_path)).run(x), expected, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("activation", ["relu", "lma"])
-def test_int8_models_are_computed_in_integers(tmp_path, activation):
-    path = stack(tmp_path / "float.onnx", activation)
+def test_int8_models_are_computed_in_integers(tmp_path, activation, relu_kernels):
+    path = stack(tmp_path / "float.onnx", activation, "function")
     rng = np.random.default_rng(0)
     prepared = ptq.prepare(path, rng.standard_normal((16, 3, 8, 8)).astype(np.float32))
     model = prepared.quantized("minmax", 100)
     onnx.save(model, tmp_path / "int8.onnx")
     facts = create().compile(tmp_path / "int8.onnx", tmp_path, threads=1)
     if {"avx512vnni", "avx512vl"} <= runner._instruction_sets():
-        assert facts["int8_kernels"] == 2
+        assert (facts["int8_kernels"], facts["kernels"]) == (2, relu_kernels)
     x = rng.standard_normal((1, 3, 8, 8)).astype(np.float32)
     (expected,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"images": x})
     constants = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}

@@ -29,6 +29,7 @@ NEEDED = {"tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi", "onnx": "onnx"}
 class Tvm(Backend):
     """Apache TVM on a CPU, compiled ahead of time for one kind of processor.
 
+    LMA is computed in the form that is fastest where the model is compiled, or on the board behind `tracker`.
     arch, cpu: what the engine is for, as LLVM calls it: x86_64 or aarch64, and for example cortex-a76. Empty is this
     machine. linker: the C++ compiler that links for `arch`; empty is the usual one.
     tuning: how long to search for faster loops: none; quick, minutes; full, an hour; or {trials: N, minutes: M}, one or
@@ -40,7 +41,7 @@ class Tvm(Backend):
     name = "tvm"
     precisions = ("fp32", "int8")
     builds_on = "host"
-    forms: ClassVar = {"any": "where", "continuous": "relu_sum"}
+    forms: ClassVar = {"any": "function", "continuous": "function"}
     runner = Path(__file__).with_name("runner.py")
 
     def __init__(

@@ -30,12 +30,17 @@ from tvm.support import cc
 from edgekd.artifact import write_synced
 from edgekd.backends.tvm import schedules
 from edgekd.backends.tvm.clock import BoardClock, Clock
+from edgekd.backends.tvm.forms import FormChooser
 from edgekd.backends.tvm.importer import import_model
 from edgekd.backends.tvm.processor import Processor, host_arch, processor_of, runs_here
 from edgekd.backends.tvm.products import INTEGER
 from edgekd.backends.tvm.schedules import Plan, cpu_schedules
 from edgekd.backends.tvm.tuning import Budget, Records, kernel_calls, tasks_of, tune
 
+NO_CLOCK = (
+    "an engine for {} cannot be timed here: name the tracker of a board (option tracker, as HOST:PORT/KEY),"
+    " or set tuning = none"
+)
 PR_SET_PDEATHSIG = 1  # of Linux
 QUANTILES = {"low": 0.25, "median": 0.5, "high": 0.75}
 LINKERS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
@@ -54,16 +59,19 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
     """What the child writes."""
     try:
         processor = processor_of(job["arch"], job["cpu"], job["threads"])
-        module = import_model(Path(job["onnx"]), processor)
         linker = linker_for(processor, job["linker"])
-        clock = clock_for(processor, linker, job["tracker"]) if job["tuning"] else None
+        clock = clock_for(processor, linker, job["tracker"]) if "engine" in job else None
+        forms = FormChooser(processor, clock)
+        module = import_model(Path(job["onnx"]), processor, forms)
+        if job["tuning"] and not clock:
+            raise ValueError(NO_CLOCK.format(processor.cpu))
     except (tvm.error.OpNotImplemented, ValueError) as error:
         return {"refused": [str(error).strip().splitlines()[0]]}
     if "engine" not in job:
         return {"refused": []}
     module = fused(module, processor)
     built, found = build(module, processor, {}), None
-    if clock:
+    if clock and job["tuning"]:
         built, found = tuned(module, built, clock, job)
     engine = Path(job["engine"])
     built.executable.export_library(str(engine), fcompile=cc.cross_compiler(linker) if linker else None)
@@ -73,6 +81,7 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
         "kernels": len(built.kernels),
         "int8_kernels": sum(INTEGER in kernel.name for kernel in built.kernels),
         "unscheduled": [kernel.name for kernel in built.kernels if not kernel.scheduled],
+        "lma": list(forms.chosen.values()),
         "tuning": found,
     }  # fmt: skip
     settings = {
@@ -82,16 +91,11 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
     return {"refused": [], "facts": facts, "settings": settings}
 
 
-def clock_for(processor: Processor, linker: str, tracker: str) -> Clock:
-    """Where kernels are timed. Raises ValueError when the engine runs neither here nor on a board that can be had."""
+def clock_for(processor: Processor, linker: str, tracker: str) -> Clock | None:
+    """Where kernels are timed, if the engine runs anywhere. Raises ValueError when the tracker has no board."""
     if tracker:
         return BoardClock(processor, tracker, linker)
-    if runs_here(processor):
-        return Clock(processor)
-    raise ValueError(
-        f"an engine for {processor.cpu} cannot be timed here: name the tracker of a board (option tracker, as"
-        " HOST:PORT/KEY), or set tuning = none"
-    )
+    return Clock(processor) if runs_here(processor) else None
 
 
 class Built(NamedTuple):

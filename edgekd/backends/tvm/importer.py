@@ -22,8 +22,11 @@ from tvm.ir.expr import GenericConst
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
 from edgekd.backends.tvm import products
-from edgekd.backends.tvm.dot import Dot
 from edgekd.backends.tvm.processor import Processor
+from edgekd.backends.tvm.quantized import Codes, Segmented, dequantize, per_channel, quantize, scaled_sums
+from edgekd.backends.tvm.segments import Form, Segments
+from edgekd.backends.tvm.segments import lma as segments_of
+from edgekd.quantize.graph import LMA_DOMAIN
 
 Array = npt.NDArray[Any]
 
@@ -36,15 +39,15 @@ ELEMENTWISE = {
 }  # fmt: skip
 
 
-def import_model(path: Path, processor: Processor) -> tvm.IRModule:
-    """The model as a Relax module with one function `main`.
+def import_model(path: Path, processor: Processor, form_of: Callable[[Segments], Form]) -> tvm.IRModule:
+    """The model as a Relax module with one function `main`; form_of: how an LMA layer with these segments is computed.
 
     Raises tvm.error.OpNotImplemented, which names the operators that TVM does not know.
     """
-    model = onnx.inliner.inline_local_functions(onnx.load(path))
+    model = onnx.inliner.inline_selected_functions(onnx.load(path), [(LMA_DOMAIN, "LMA")], exclude=True)
     del model.graph.output[1:]  # as with the other runtimes, the logits are the first output
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    return Importer(processor).from_onnx(model.graph, opset)
+    return Importer(processor, form_of).from_onnx(model.graph, opset)
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,6 @@ class Node:
         return tuple(int(one) for one in self.attributes.get(name, default))
 
 
-@dataclass(frozen=True)
-class Codes:
-    """What a value is made of: int8 codes times the scale, which is one or one per output channel."""
-
-    codes: Any  # a variable, or the array itself where it is constant
-    scale: Array
-
-
 class Importer(ONNXGraphImporter):  # type: ignore[misc]
     """TVM's importer, but with the channels last where it matters.
 
@@ -79,11 +74,17 @@ class Importer(ONNXGraphImporter):  # type: ignore[misc]
     back for whoever does not ask for that; transposes that nobody reads are removed afterwards.
     """
 
-    def __init__(self, processor: Processor) -> None:
+    def __init__(self, processor: Processor, form_of: Callable[[Segments], Form]) -> None:
         super().__init__({}, "float32", sanitize=False)
-        self.processor = processor
+        self.processor, self.form_of = processor, form_of
         self._channels_last: dict[Any, Any] = {}
         self.codes: dict[Any, Codes] = {}  # of values that were dequantized
+        self.segmented: dict[Any, Segmented] = {}  # what LMA layers made of codes
+
+    def _check_for_unsupported_ops(self, graph: Any) -> None:
+        known = onnx.GraphProto()
+        known.node.extend(node for node in graph.node if node.op_type not in CONVERTERS)
+        super()._check_for_unsupported_ops(known)
 
     def _convert_operator(self, op_name: str, inputs: list[Any], attrs: dict[str, Any], opset: int) -> Any:
         node = Node(list(inputs), attrs)
@@ -135,6 +136,20 @@ class Importer(ONNXGraphImporter):  # type: ignore[misc]
         self._channels_last[first] = value
         return first
 
+    def innermost(self, value: Any) -> Any:
+        """A value as loops read it: an image with the channels last, another one as it is."""
+        return self.channels_last(value) if value.ty.ndim == 4 else value
+
+    def outermost(self, value: Any) -> Any:
+        """The reverse of `innermost`, for what was just made."""
+        made = value if isinstance(value, relax.Var) else self.bb.emit(value)
+        return self.back(made) if made.ty.ndim == 4 else made
+
+    def product(self, product: products.Product, x: Any) -> Any:
+        """Emit a product of an input with packed weights."""
+        packed = relax.const(product.weights, product.weights.dtype.name)
+        return self.call(product.compute, self.innermost(x), packed, name=product.name)
+
     def call(self, compute: Callable[..., Any], *args: Any, name: str) -> Any:
         """Emit a loop nest that is given as a tensor expression."""
         return self.bb.emit_te(compute, *args, primfunc_name_hint=name)
@@ -152,40 +167,34 @@ def convolution(importer: Importer, node: Node) -> Any:
     window = _window(node, weights.shape[2:])
     if window is None:
         return None
-    groups = int(node.attributes.get("group", 1))
+    groups, processor = int(node.attributes.get("group", 1)), importer.processor
     x, kernel = importer.codes.get(node.inputs[0]), importer.codes.get(node.inputs[1])
-    if x and kernel and groups == 1 and importer.processor.dot:
-        made = _convolution_of_codes(importer, x, kernel, window, importer.processor.dot)
+    scales = per_channel(kernel, 0) if x and kernel and processor.dot else None
+    if x and kernel and processor.dot and scales is not None:
+        product = products.integer_convolution(kernel.codes, groups, window, processor.dot)
+        made = scaled_sums(importer, x, product, scales)
     else:
-        product = products.convolution(weights, groups, window, importer.processor)
-        packed = relax.const(product.weights, product.weights.dtype.name)
-        made = importer.call(product.compute, importer.channels_last(node.inputs[0]), packed, name=product.name)
+        made = importer.product(products.convolution(weights, groups, window, processor), node.inputs[0])
     return made if bias is None else importer.bb.emit(relax.op.add(made, importer.vector(bias)))
-
-
-def _convolution_of_codes(importer: Importer, x: Codes, kernel: Codes, window: products.Window, dot: Dot) -> Any:
-    """The float result of a convolution that is computed in integers."""
-    product, emit = products.integer_convolution(kernel.codes, window, dot), importer.bb.emit
-    packed = relax.const(product.weights, product.weights.dtype.name)
-    sums = importer.call(product.compute, importer.channels_last(x.codes), packed, name=product.name)
-    if dot.offset:
-        sums = emit(relax.op.subtract(sums, importer.vector(products.offset_sums(kernel.codes, dot))))
-    scale = np.broadcast_to((x.scale * kernel.scale).astype(np.float32), (len(kernel.codes),))
-    return emit(relax.op.multiply(emit(relax.op.astype(sums, "float32")), importer.vector(scale)))
 
 
 def dense(importer: Importer, node: Node) -> Any:
     """MatMul or Gemm of [N, D] with a constant matrix, and its bias."""
     matrix, bias = node.constant(1), node.constant(2)
-    attributes = node.attributes
+    attributes, processor = node.attributes, importer.processor
     plain = all(attributes.get(name, 1.0) == 1.0 for name in ("alpha", "beta")) and not attributes.get("transA")
     if matrix is None or matrix.ndim != 2 or not plain or node.inputs[0].ty.ndim != 2:
         return None
     if (bias is None) != (len(node.inputs) < 3) or (bias is not None and bias.size not in (1, bias.shape[-1])):
         return None
-    product = products.dense(matrix.T if attributes.get("transB") else matrix, importer.processor)
-    packed = relax.const(product.weights, product.weights.dtype.name)
-    made = importer.call(product.compute, node.inputs[0], packed, name=product.name)
+    transposed = bool(attributes.get("transB"))
+    x, kernel = importer.codes.get(node.inputs[0]), importer.codes.get(node.inputs[1])
+    scales = per_channel(kernel, 0 if transposed else 1) if x and kernel and processor.dot else None
+    if x and kernel and processor.dot and scales is not None:
+        product = products.integer_dense(kernel.codes.T if transposed else kernel.codes, processor.dot)
+        made = scaled_sums(importer, x, product, scales)
+    else:
+        made = importer.product(products.dense(matrix.T if transposed else matrix, processor), node.inputs[0])
     return made if bias is None else importer.bb.emit(relax.op.add(made, importer.vector(bias)))
 
 
@@ -239,59 +248,21 @@ def flatten(importer: Importer, node: Node) -> Any:
     return importer.bb.emit(relax.op.squeeze(importer.channels_last(x), axis=[1, 2]))
 
 
-def quantize(importer: Importer, node: Node) -> Any:
-    """QuantizeLinear of [N, C, H, W] with one constant scale; that of a constant is a constant."""
-    array, scale, zero = (node.constant(index) for index in range(3))
-    if scale is None or zero is None or scale.ndim > 1 or zero.dtype not in (np.int8, np.uint8):
+def lma(importer: Importer, node: Node) -> Any:
+    """edgekd.LMA: its segments are numbers in the loop. What reads codes is remembered, for a table."""
+    numbers = [node.constant(index) for index in (1, 2, 3)]
+    if any(array is None for array in numbers):
         return None
-    limits = np.iinfo(zero.dtype)
-    if array is not None:
-        along = _along(node, scale, array.ndim)
-        codes = np.rint(array / scale.reshape(along)) + zero.astype(np.float32).reshape(along)
-        return relax.const(codes.clip(limits.min, limits.max).astype(zero.dtype), zero.dtype.name)
-    if scale.size > 1 or node.inputs[0].ty.ndim != 4:
-        return None
-    factor, offset = (tirx.const(float(value), "float32") for value in (np.float32(1) / scale.item(), zero.item()))
-    low, high = (tirx.const(float(limit), "float32") for limit in (limits.min, limits.max))
+    segments = Segments(*(np.asarray(array, np.float32).reshape(-1) for array in numbers))
+    form, lanes = importer.form_of(segments), importer.processor.lanes
 
     def compute(x: Any) -> Any:
-        def code(*at: Any) -> Any:
-            return te.max(te.min(tirx.nearbyint(x(*at) * factor) + offset, high), low).astype(zero.dtype.name)
+        return te.compute(x.shape, lambda *at: segments_of(x(*at), form, segments, lanes), name="lma")
 
-        return te.compute(x.shape, code, name="quantized")
-
-    return importer.call(compute, importer.channels_last(node.inputs[0]), name="quantize")
-
-
-def dequantize(importer: Importer, node: Node) -> Any:
-    """DequantizeLinear with a constant scale and the zero point 0; that of a constant is a constant."""
-    array, scale, zero = (node.constant(index) for index in range(3))
-    if scale is None or zero is None or scale.ndim > 1:
-        return None
-    signed = zero.dtype == np.int8 and not zero.any()
-    if array is not None:
-        along = _along(node, scale, array.ndim)
-        value = (array.astype(np.int32) - zero.astype(np.int32).reshape(along)) * scale.reshape(along)
-        made = relax.const(value.astype(np.float32), "float32")
-        if signed and along[1:] == [1] * len(along[1:]):
-            importer.codes[made] = Codes(array, scale.reshape(-1))
-        return made
-    codes = node.inputs[0]
-    if codes.ty.ndim != 4 or scale.size > 1:
-        return None
-    number = importer.bb.emit(relax.op.astype(importer.channels_last(codes), "float32"))
-    if zero.any():
-        number = importer.bb.emit(relax.op.subtract(number, relax.const(float(zero.item()), "float32")))
-    first = importer.back(relax.op.multiply(number, relax.const(float(scale.item()), "float32")))
-    if signed:
-        importer.codes[first] = Codes(codes, scale.reshape(-1))
-    return first
-
-
-def _along(node: Node, scale: Array, dimensions: int) -> list[int]:
-    """The shape in which one scale, or one per entry of the node's axis, meets an array."""
-    axis = int(node.attributes.get("axis", 1)) % max(dimensions, 1)
-    return [-1 if scale.size > 1 and at == axis else 1 for at in range(dimensions)]
+    made = importer.outermost(importer.call(compute, importer.innermost(node.inputs[0]), name="lma"))
+    if read := importer.codes.get(node.inputs[0]):
+        importer.segmented[made] = Segmented(read, segments)
+    return made
 
 
 def batch_normalization(importer: Importer, node: Node) -> Any:
@@ -416,7 +387,7 @@ def _window(node: Node, kernel: tuple[int, ...]) -> products.Window | None:
 CONVERTERS: dict[str, Callable[[Importer, Node], Any]] = {
     "AveragePool": pool("avg"), "BatchNormalization": batch_normalization, "Clip": clip, "Concat": concat,
     "Conv": convolution, "DequantizeLinear": dequantize, "Flatten": flatten, "Gemm": dense,
-    "GlobalAveragePool": global_average_pool, "MatMul": dense, "Max": extreme(relax.op.maximum),
+    "GlobalAveragePool": global_average_pool, "LMA": lma, "MatMul": dense, "Max": extreme(relax.op.maximum),
     "MaxPool": pool("max"), "Min": extreme(relax.op.minimum), "PRelu": prelu, "Pad": pad, "QuantizeLinear": quantize,
     "ReduceMean": reduce_mean, "Reshape": flatten, "Slice": strided_slice, "Where": where,
 }  # fmt: skip

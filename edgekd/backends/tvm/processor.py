@@ -33,6 +33,11 @@ class Processor:
         """float32 values of one vector."""
         return self.vector_bits // 32
 
+    @property
+    def looks_up_bytes(self) -> bool:
+        """Whether it picks bytes from two registers: then a table of 256 entries is never in memory."""
+        return "avx512vbmi" in self.needs
+
     def target(self) -> Any:
         """TVM's target."""
         return tvm.target.Target(_fields(self.arch) | {"mcpu": self.cpu, "num-cores": self.threads})

@@ -8,7 +8,7 @@ loops only; what goes out has the size that ONNX means.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,7 @@ class Product:
     name: str
     weights: Array
     compute: Callable[[Any, Any], Any]
+    offset_sums: Array = field(default_factory=lambda: np.zeros(1, np.int32))  # too much in each channel's sum
 
 
 def convolution(weights: Array, groups: int, window: Window, processor: Processor) -> Product:
@@ -90,57 +91,103 @@ def dense(matrix: Array, processor: Processor) -> Product:
     return Product("dense", packed, compute)
 
 
-def integer_convolution(weights: Array, window: Window, dot: Dot) -> Product:
-    """The INT32 sums of a convolution of codes [N, H, W, C] with codes [O, C, kernel height, kernel width].
+def integer_convolution(weights: Array, groups: int, window: Window, dot: Dot) -> Product:
+    """The INT32 sums of a convolution of codes [N, H, W, C] with codes [O, C / groups, kernel height, kernel width].
 
-    `dot.offset` is added to the codes of the image, zeros around it included: what that adds to the sums is
-    `offset_sums`.
+    A depthwise one is summed in float32, which is as exact: no instruction adds products of one channel alone.
     """
-    channels, depth = weights.shape[:2]
-    quads = -(-depth // QUAD)
-    filled = np.zeros((channels, quads * QUAD, *weights.shape[2:]), np.int8)
-    filled[:, :depth] = weights
-    packed = pack(filled.transpose(2, 3, 1, 0), dot.lanes)  # [blocks, height, width, in, vector]
-    shape = (*packed.shape[:3], quads, QUAD, dot.lanes)
-    packed = np.ascontiguousarray(packed.reshape(shape).swapaxes(-1, -2))  # [..., in / 4, vector, 4]
-    height, width = weights.shape[2:]
+    if groups == len(weights) and weights.shape[1] == 1:
+        return _depthwise(weights, window)
+    weights, groups = _filling_vectors(weights, groups, dot.lanes)
+    channels = len(weights)
+    packed = _packed_quads(weights.transpose(2, 3, 1, 0), dot)  # [blocks, height, width, in / 4, vector, 4]
+    height, width, quads = packed.shape[1:4]
     (down, right), (high, wide) = window.strides, window.dilations
 
     def compute(x: Any, packed: Any) -> Any:
-        image = _codes(x, window.pads, quads * QUAD, dot.offset)
+        image = _codes(x, window.pads, groups, dot.offset)
         sizes = {"ky": height, "kx": width, "ci": quads, "quad": QUAD}
         rows, columns, inner, quad = (te.reduce_axis((0, size), name) for name, size in sizes.items())
         oh, ow = _out(image, (height, width), window)
 
         def value(b: Any, h: Any, w: Any, c: Any) -> Any:
-            code = image[b, h * down + rows * high, w * right + columns * wide, inner * QUAD + quad]
+            group = c // (channels // groups) * quads * QUAD if groups > 1 else 0
+            code = image[b, h * down + rows * high, w * right + columns * wide, group + inner * QUAD + quad]
             weight = packed[c // dot.lanes, rows, columns, inner, c % dot.lanes, quad]
             return te.sum(code.astype("int32") * weight.astype("int32"), axis=[rows, columns, inner, quad])
 
         whole = te.compute((x.shape[0], oh, ow, packed.shape[0] * dot.lanes), value, name=INTEGER_PRODUCT)
         return _cropped(whole, channels)
 
-    return Product(f"{INTEGER}_convolution", packed, compute)
+    return Product(f"{INTEGER}_convolution", packed, compute, _offset_sums(weights.reshape(channels, -1), dot))
 
 
-def offset_sums(weights: Array, dot: Dot) -> Array:
-    """What the offset of the activations' codes adds to each channel's sum, int32 [O]."""
-    sums: Array = weights.reshape(len(weights), -1).sum(axis=1, dtype=np.int32)
-    return sums * np.int32(dot.offset)
+def integer_dense(matrix: Array, dot: Dot) -> Product:
+    """The INT32 sums of the product of codes [N, D] with codes [D, O]."""
+    packed = _packed_quads(matrix, dot)  # [blocks, D / 4, vector, 4]
+
+    def compute(x: Any, packed: Any) -> Any:
+        row = _codes(x, (), 1, dot.offset)
+        inner, quad = te.reduce_axis((0, packed.shape[1]), "ci"), te.reduce_axis((0, QUAD), "quad")
+
+        def value(b: Any, c: Any) -> Any:
+            weight = packed[c // dot.lanes, inner, c % dot.lanes, quad]
+            return te.sum(row[b, inner * QUAD + quad].astype("int32") * weight.astype("int32"), axis=[inner, quad])
+
+        whole = te.compute((x.shape[0], packed.shape[0] * dot.lanes), value, name=INTEGER_PRODUCT)
+        return _cropped(whole, matrix.shape[1])
+
+    return Product(f"{INTEGER}_dense", packed, compute, _offset_sums(matrix.T, dot))
 
 
-def _codes(x: Any, pads: tuple[int, ...], channels: int, offset: int) -> Any:
-    """int8 [N, H, W, C] with zeros around the image and behind the channels, all of it moved by the offset."""
-    top, left, bottom, right = pads
-    n, height, width, depth = x.shape
-    kind = "uint8" if offset else "int8"
+def _filling_vectors(weights: Array, groups: int, lanes: int) -> tuple[Array, int]:
+    """The same convolution in as many groups as fill whole vectors, zeros between what does not belong together."""
+    per_group = len(weights) // groups
+    merged = next((m for m in range(1, groups) if groups % m == 0 and m * per_group % lanes == 0), groups)
+    depth = weights.shape[1]
+    wide = np.zeros((len(weights), merged * depth, *weights.shape[2:]), weights.dtype)
+    for group in range(groups):
+        outputs, start = slice(group * per_group, (group + 1) * per_group), group % merged * depth
+        wide[outputs, start : start + depth] = weights[outputs]
+    return wide, groups // merged
 
-    def value(b: Any, h: Any, w: Any, c: Any) -> Any:
-        inside = tirx.all(h >= top, h < height + top, w >= left, w < width + left, c < depth)
-        moved = (x[b, h - top, w - left, c].astype("int16") + tirx.const(offset, "int16")).astype(kind)
-        return tirx.if_then_else(inside, moved, tirx.const(offset, kind))
 
-    return te.compute((n, height + top + bottom, width + left + right, channels), value, name=PADDED)
+def _packed_quads(weights: Array, dot: Dot) -> Array:
+    """int8 [..., C, O] to [O in whole vectors, ..., C / 4, vector, 4]."""
+    *before, depth, channels = weights.shape
+    quads = -(-depth // QUAD)
+    filled = np.zeros((*before, quads * QUAD, channels), np.int8)
+    filled[..., :depth, :] = weights
+    packed = pack(filled, dot.lanes)
+    return np.ascontiguousarray(packed.reshape(-1, *before, quads, QUAD, dot.lanes).swapaxes(-1, -2))
+
+
+def _offset_sums(weights: Array, dot: Dot) -> Array:
+    """What the offset of the activations' codes adds to each channel's sum: [O, ...] to int32 [O]."""
+    sums: Array = weights.sum(axis=1, dtype=np.int32) * np.int32(dot.offset)
+    return sums
+
+
+def _codes(x: Any, pads: tuple[int, ...], groups: int, offset: int) -> Any:
+    """int8 [N, (H, W,) C] with zeros around the image and behind each group's channels, all moved by the offset."""
+    before, after = (0, *pads[:2], 0), (0, *pads[2:], 0)
+    if len(x.shape) == 2:
+        before = after = (0, 0)
+    *sizes, channels = (int(size) if isinstance(size, tirx.IntImm) else size for size in x.shape)
+    depth, kind = channels // groups, "uint8" if offset else "int8"
+    filled = -(-depth // QUAD) * QUAD
+
+    def value(*at: Any) -> Any:
+        outer = list(zip(at, before, sizes, strict=False))
+        inside = [one >= low for one, low, _ in outer[1:]] + [one < size + low for one, low, size in outer[1:]]
+        places = [one - low for one, low, _ in outer]
+        within = at[-1] % filled
+        code = x(*places, at[-1] // filled * depth + within if groups > 1 else at[-1])
+        moved = (code.astype("int16") + tirx.const(offset, "int16")).astype(kind)
+        return tirx.if_then_else(tirx.all(*inside, within < depth), moved, tirx.const(offset, kind))
+
+    shape = [low + size + high for low, size, high in zip(before, sizes, after, strict=False)]
+    return te.compute((*shape, groups * filled), value, name=PADDED)
 
 
 def _depthwise(weights: Array, window: Window) -> Product:
@@ -149,7 +196,7 @@ def _depthwise(weights: Array, window: Window) -> Product:
     (down, right), (high, wide) = window.strides, window.dilations
 
     def compute(x: Any, packed: Any) -> Any:
-        image = padded(x, window.pads)
+        image = padded(x if x.dtype == "float32" else topi.cast(x, "float32"), window.pads)
         rows, columns = te.reduce_axis((0, height), "ky"), te.reduce_axis((0, width), "kx")
         oh, ow = _out(image, (height, width), window)
 
@@ -159,7 +206,8 @@ def _depthwise(weights: Array, window: Window) -> Product:
 
         return te.compute((image.shape[0], oh, ow, channels), value, name=DEPTHWISE)
 
-    return Product("depthwise", np.ascontiguousarray(weights[:, 0].transpose(1, 2, 0)), compute)
+    name = "depthwise" if weights.dtype == np.float32 else f"{INTEGER}_depthwise"
+    return Product(name, np.ascontiguousarray(weights[:, 0].transpose(1, 2, 0).astype(np.float32)), compute)
 
 
 def vector_width(channels: int, groups: int, lanes: int) -> int:
