@@ -1,9 +1,11 @@
-"""TVM against ONNX Runtime in fp32 and INT8, untuned, ReLU and LMA: what a compiler with fusion gains at inference.
+"""TVM against ONNX Runtime in fp32 and INT8, untuned and tuned, ReLU and LMA: what a compiler gains at inference.
 
 Batch 1, one thread, 3x32x32. The contenders take turns within a round and are timed by the thread's own clock, which
 other programs disturb less than the wall's; a ratio is taken per round, and its median, 10th and 90th percentile given.
 
-    python benchmarks/tvm_cpu.py [--rounds 40] [--networks "ResNet-20" ...] [--json] [--report]
+    python benchmarks/tvm_cpu.py [--rounds 40] [--networks "ResNet-20" ...] [--minutes 2] [--json] [--report]
+
+Only the networks with ReLU are tuned, for --minutes each; results of tuning are kept from one model to the next.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "LMA continuous": ("lma", {"k": SEGMENTS, "continuous": True}),
 }
 BACKENDS = {"TVM": "tvm", "ONNX Runtime": "onnxruntime"}
+TUNED, TUNED_ACTIVATIONS = "TVM tuned", ("ReLU",)
 PRECISIONS = ("fp32", "int8")
 
 
@@ -74,9 +77,9 @@ def models(network: nn.Module, activation: str, backend: Backend, folder: Path) 
     return files
 
 
-def engine(model: Path, backend: Backend) -> tuple[Any, dict[str, Any]]:
+def engine(model: Path, backend: Backend, name: str) -> tuple[Any, dict[str, Any]]:
     """The model's runner, and what compile said."""
-    folder = model.with_suffix("")
+    folder = model.with_suffix(f".{name}")
     folder.mkdir()
     start = time.perf_counter()
     facts = backend.compile(model, folder, threads=1)
@@ -84,10 +87,12 @@ def engine(model: Path, backend: Backend) -> tuple[Any, dict[str, Any]]:
     return load_runner(Engine("benchmark", folder, backend.runner, backend.name)), facts
 
 
-def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, rounds: int, minutes: float, kept: Path) -> list[dict[str, Any]]:
     """A row for every activation and precision: both runtimes, and each runtime's LMA over its own ReLU."""
     x = np.random.default_rng(0).standard_normal((1, *IMAGE)).astype(np.float32)
     backends = {label: registry.create("backend", backend) for label, backend in BACKENDS.items()}
+    tuner = registry.create("backend", "tvm", options={"tuning": {"minutes": minutes}})
+    tuner.kept = kept
     with tempfile.TemporaryDirectory() as folder:
         runners, facts = {}, {}
         for activation in ACTIVATIONS:
@@ -95,7 +100,10 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
             for label, backend in backends.items():
                 for precision, model in models(made, activation, backend, Path(folder, activation + label)).items():
                     key = activation, precision, label
-                    runners[key], facts[key] = engine(model, backend)
+                    runners[key], facts[key] = engine(model, backend, "engine")
+                    if label == "TVM" and activation in TUNED_ACTIVATIONS:
+                        key = activation, precision, TUNED
+                        runners[key], facts[key] = engine(model, tuner, "tuned")
         for runner in runners.values():
             turn(runner, x)
         seconds = [{key: turn(runner, x) for key, runner in runners.items()} for _ in range(rounds)]
@@ -104,6 +112,9 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"network": name, "activation": activation, "precision": precision}
         tvm, ort = ((activation, precision, label) for label in BACKENDS)
         row |= facts[tvm] | {"over_onnxruntime": ratios(seconds, tvm, ort)}
+        if activation in TUNED_ACTIVATIONS:
+            tuned = activation, precision, TUNED
+            row |= {"tuned_over_onnxruntime": ratios(seconds, tuned, ort), "tuning": facts[tuned]["tuning"]}
         row["over_relu"] = {key[2]: ratios(seconds, key, ("ReLU", *key[1:])) for key in (tvm, ort)}
         row["ms"] = {key[2]: 1e3 * statistics.median(took[key] for took in seconds) for key in (tvm, ort)}
         rows.append(row)
@@ -126,31 +137,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--minutes", type=float, default=2.0, help="of tuning for each model")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--report", action="store_true", help="write docs/results.md")
     asked = parser.parse_args()
     rows = []
-    for name in asked.networks:
-        for row in measure(name, asked.rounds):
-            rows.append(row)
-            if not asked.json:
-                over_relu = ", ".join(f"{label} {spread(ratio)}" for label, ratio in row["over_relu"].items())
-                print(
-                    f"{name:14} {row['precision']} {row['activation']:15} {spread(row['over_onnxruntime'])}"
-                    f"  over ReLU: {over_relu}  {row['kernels']} kernels, compiled in {row['compile_s']:.1f} s",
-                    flush=True,
-                )
+    with tempfile.TemporaryDirectory() as kept:
+        for name in asked.networks:
+            for row in measure(name, asked.rounds, asked.minutes, Path(kept)):
+                rows.append(row)
+                if not asked.json:
+                    print(line(row), flush=True)
+            if asked.report:  # of what is measured so far: the whole takes long
+                write_section("tvm_cpu", "TVM against ONNX Runtime", report(rows, asked.rounds, asked.minutes))
     if asked.json:
         print(json.dumps({**vars(asked), "onnxruntime": onnxruntime.__version__, "rows": rows}, indent=1))
-    if asked.report:
-        write_section("tvm_cpu", "TVM against ONNX Runtime", report(rows, asked.rounds))
 
 
-def report(rows: list[dict[str, Any]], rounds: int) -> str:
+def line(row: dict[str, Any]) -> str:
+    over_relu = ", ".join(f"{label} {spread(ratio)}" for label, ratio in row["over_relu"].items())
+    tuned = f"  tuned: {spread(row['tuned_over_onnxruntime'])}" if row["activation"] in TUNED_ACTIVATIONS else ""
+    return (
+        f"{row['network']:14} {row['precision']} {row['activation']:15} {spread(row['over_onnxruntime'])}{tuned}"
+        f"  over ReLU: {over_relu}  {row['kernels']} kernels, compiled in {row['compile_s']:.1f} s"
+    )
+
+
+def report(rows: list[dict[str, Any]], rounds: int, minutes: float) -> str:
     lines = [
         [
             f"{row['network']}, {row['activation']}, {row['precision'].upper()}",
             spread(row["over_onnxruntime"]),
+            spread(row["tuned_over_onnxruntime"]) if row["activation"] in TUNED_ACTIVATIONS else "",
             *(spread(row["over_relu"][label]) for label in BACKENDS),
             str(row["kernels"]),
             f"{row['compile_s']:.1f}",
@@ -158,12 +176,25 @@ def report(rows: list[dict[str, Any]], rounds: int) -> str:
         for row in rows
     ]
     version, cpu = rows[0]["version"], rows[0]["providers"][0]
+    trials = [row["tuning"]["trials"] for row in rows if row["activation"] in TUNED_ACTIVATIONS]
     return (
-        f"Latency of TVM {version} without tuning over ONNX Runtime {onnxruntime.__version__}, batch 1,"
+        f"Latency of TVM {version} over ONNX Runtime {onnxruntime.__version__}, untuned and, with ReLU, tuned for up to"
+        f" {minutes:g} minutes ({min(trials)} to {max(trials)} trials, on a machine with other work), batch 1,"
         f" one thread, {SHAPE.height}x{SHAPE.width} pixels, {cpu}; LMA has {SEGMENTS} segments, each runtime runs the"
         f" form that it is fastest in, and INT8 in its own dialect. Median of {rounds} interleaved rounds (10th to"
         " 90th percentile). The next two columns are each runtime's own latency over the same network with ReLU.\n\n"
-        + table(["network", "TVM / ORT", "TVM / its ReLU", "ORT / its ReLU", "TVM kernels", "TVM compiles, s"], lines)
+        + table(
+            [
+                "network",
+                "TVM / ORT",
+                "tuned / ORT",
+                "TVM / its ReLU",
+                "ORT / its ReLU",
+                "TVM kernels",
+                "TVM compiles, s",
+            ],
+            lines,
+        )
         + "\n\nMade by `benchmarks/tvm_cpu.py`."
     )
 

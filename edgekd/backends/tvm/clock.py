@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from edgekd.backends.tvm.processor import Processor
 # A turn of one candidate lasts about this long: what disturbs the machine then disturbs few of them.
 TURN_S = 0.0005
 TURNS, ENGINE_TURNS = 9, 101
+CONNECT_S = 10.0
 
 
 class Clock:
@@ -84,10 +86,11 @@ class BoardClock(Clock):
         Raises ValueError when no board can be had there.
         """
         super().__init__(processor)
-        self.linker = linker
+        self.linker, self.loaded = linker, 0
         address, _, key = tracker.partition("/")
         host, _, port = address.rpartition(":")
         try:
+            socket.create_connection((host, int(port)), CONNECT_S).close()  # TVM itself would try for a minute
             self.session = rpc.connect_tracker(host, int(port)).request(key, session_timeout=0)
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(f"the tracker {tracker} lends no board: {error}") from error
@@ -95,7 +98,8 @@ class BoardClock(Clock):
 
     def _loaded(self, executable: Any) -> Any:
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-            library = Path(folder, "timed.so")
+            self.loaded += 1  # the board has loaded the file of the last name, which must not change
+            library = Path(folder, f"timed{self.loaded}.so")
             executable.export_library(str(library), fcompile=cc.cross_compiler(self.linker) if self.linker else None)
             self.session.upload(str(library))
         return self.session.load_module(library.name)
