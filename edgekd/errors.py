@@ -9,6 +9,7 @@ EdgekdError             1    a fault of edgekd itself
 │   ├── StoreError           the store is corrupt, full or not writable
 │   ├── ExportError          the exported graph does not compute what the network computes
 │   ├── ConnectionLost       the device was there and is gone; the job's folder stays on it, to go on from
+│   ├── DiskFull             the device has no space left; what was measured stays on it, to go on from
 │   └── BoardFailed          of several boards, some were not measured; its exit code is theirs where all have one
 ├── BudgetMissed        5    everything ran; a budget of the recipe is not met
 └── ResultInvalid       6    everything ran; the measurement does not hold
@@ -76,6 +77,10 @@ class ExportError(StageError):
 
 
 class ConnectionLost(StageError):
+    pass
+
+
+class DiskFull(StageError):
     pass
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -14,6 +15,8 @@ from .conductor import Bench
 from .machine import facts
 from .signature import signer_of
 from .worker import AgentError, work
+
+FULL_BYTES = 1 << 16
 
 
 def hold_lifeline() -> None:
@@ -60,8 +63,13 @@ def main() -> int:
             signer = signer_of(arguments.spec, arguments.root)
             with open(arguments.spec) as file:
                 Bench(json.load(file), arguments.root, signer).run()
-        except AgentError as error:
-            sys.stderr.write(json.dumps({"error": str(error)}) + "\n")
+        except (AgentError, OSError) as error:
+            # A file that could not be written whole is reported in as many ways as there are libraries.
+            free = shutil.disk_usage(".").free
+            if isinstance(error, OSError) and free > FULL_BYTES:
+                raise
+            text = f"the disk is full: {free} bytes free" if free <= FULL_BYTES else str(error)
+            sys.stderr.write(json.dumps({"error": text}) + "\n")
             return 1
     return 0
 

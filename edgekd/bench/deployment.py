@@ -18,7 +18,7 @@ import numpy.typing as npt
 from edgekd.backends import Engine
 from edgekd.device import AGENT, JSON_LIMIT_BYTES, Device, Finished, Job, last_lines, parsed
 from edgekd.device.signature import sign
-from edgekd.errors import ConnectionLost, StageError
+from edgekd.errors import ConnectionLost, DiskFull, StageError
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[float, float, str], None]  # share done, seconds left, stage
@@ -152,6 +152,9 @@ def _failure(finished: Finished, url: str) -> StageError:
         lines.pop()
     if "numpy is not installed" in what:
         fix = shlex.join(["edgekd", "doctor", "--device", url, "--install"])
+    elif "disk is full" in what:
+        fix = "free some space there, and run it again: finished launches are kept for an hour"
+        return DiskFull(f'benchmark on "{url}": {what}', allowed=last_lines(lines) if lines else "", fix=fix)
     elif "sign" in what:
         fix = "sign it: --device 'ssh://...?signing_key=~/.ssh/id_ed25519', by a key that the board's owner has listed"
     elif "sha256" in what:

@@ -25,7 +25,7 @@ from urllib.parse import parse_qsl
 import edgekd
 from edgekd import registry
 from edgekd.device.process import Finished, last_lines, run
-from edgekd.errors import ConnectionLost, StageError
+from edgekd.errors import ConnectionLost, DiskFull, StageError
 
 __all__ = [
     "AGENT", "JSON_LIMIT_BYTES", "BusyError", "Device", "Finished", "Job", "Transport", "last_lines", "not_fetched",
@@ -135,13 +135,13 @@ class Device:
     def job(self, name: str = "") -> Iterator[Job]:
         """A folder on the device, deleted at the end.
 
-        With a `name` it outlives a lost connection and Ctrl-C for a while, and the next job of that name goes on in it.
+        With a `name` it outlives a lost connection, a full disk and Ctrl-C for a while: the next job of that name goes on.
         """
         folder = self.transport.make_folder(name)
         keep = False
         try:
             yield Job(self, folder)
-        except (ConnectionLost, KeyboardInterrupt):
+        except (ConnectionLost, DiskFull, KeyboardInterrupt):
             keep = bool(name)
             raise
         finally:

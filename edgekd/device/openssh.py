@@ -49,7 +49,7 @@ HELLO = (
     "import json,os,sys;sys.stdout.write(json.dumps([sys.executable,list(sys.version_info[:3]),"
     "os.path.expanduser(chr(126))])+chr(10));sys.stdout.flush();sys.stdin.read()"
 )
-OWN_PYTHON = "p=$HOME/.edgekd/venv/bin/python; [ -x $p ] || p=python3; exec $p"
+OWN_PYTHON = 'p="$HOME/.edgekd/venv/bin/python"; [ -x "$p" ] || p=python3; exec "$p"'
 
 
 class UnreachableError(MissingError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from edgekd.bench.deployment import ATTEMPTS
 from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.device import Device, Job, ssh
 from edgekd.device.porter import processes_in
-from edgekd.errors import ConnectionLost, StageError
+from edgekd.errors import ConnectionLost, DiskFull, StageError
 from edgekd.tasks import Judge
 from edgekd.tasks.classification import Classification
 
@@ -48,7 +49,7 @@ def measure(url, folder, **options):
     samples, judge = np.zeros((12, 1, 4, 4), np.float32), Judge(Classification(), np.arange(12) % 3, (3,))
     device = Device(url, folder / "jobs")
     return benchmark(*engines, samples=samples, judge=judge, device=device, workdir=folder / "work",
-                     mode=SingleStream(seconds=0.3), **({"launches": LAUNCHES} | options))  # fmt: skip
+                     **({"mode": SingleStream(seconds=0.3), "launches": LAUNCHES} | options))  # fmt: skip
 
 
 @pytest.fixture
@@ -199,6 +200,25 @@ def test_launches_of_another_engine_are_not_taken_for_ours(url, sshd, tmp_path, 
     launch = json.loads((left[0] / "launch_0.json").read_text())
     (left[0] / "launch_0.json").write_text(json.dumps(launch | {"spec_sha256": "0" * 64}))
     check(measure(url, tmp_path / "host"), sshd, interruptions=0)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a small disk needs root: it is mounted")
+def test_a_disk_that_fills_up_in_the_middle(tmp_path):
+    folder = tmp_path / "host/jobs"
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "edgekd-small", folder], check=True)
+    try:
+        with pytest.raises(DiskFull) as caught:
+            measure("local:", tmp_path / "host")
+        (job,) = (folder / "jobs").iterdir()
+        finished = len(list(job.glob("launch_*.json")))
+        subprocess.run(["mount", "-o", "remount,size=10m", folder], check=True)
+        result = measure("local:", tmp_path / "host")
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    assert re.fullmatch(r'benchmark on "local:": the disk is full: \d+ bytes free', caught.value.what)
+    assert caught.value.fix == "free some space there, and run it again: finished launches are kept for an hour"
+    assert result["interruptions"] == (finished > 0)
 
 
 def test_a_board_without_numpy_says_how_to_install_it(sshd, tmp_path):

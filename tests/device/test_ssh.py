@@ -109,6 +109,35 @@ def test_the_python_of_edgekds_own_environment_is_taken_when_there_is_one(sshd, 
         python.unlink()
 
 
+def test_a_home_with_a_blank_in_its_name(tmp_path):
+    home = tmp_path / "Anna Bo"
+    (home / ".edgekd/venv/bin").mkdir(parents=True)
+    (home / ".edgekd/venv/bin/python").symlink_to(sys.executable)
+    argv = ["/bin/sh", "-c", f"{openssh.OWN_PYTHON} -c 'import sys; print(sys.argv)' x"]
+    done = subprocess.run(argv, env=os.environ | {"HOME": str(home)}, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("['-c', 'x']\n", 0)
+
+
+def test_a_key_that_only_the_agent_has(sshd, tmp_path):
+    config = tmp_path / "config"
+    config.write_text(
+        "\n".join(line for line in sshd.config.read_text().splitlines() if "Identit" not in line)
+        + f"\nHost *\n  IdentityFile {tmp_path}/none\n"
+    )
+    lines = subprocess.run(["ssh-agent", "-s"], capture_output=True, text=True, check=True).stdout
+    known = dict(re.findall(r"(SSH_\w+)=([^;]+);", lines))
+    try:
+        argv = ["ssh-add", "-q", str(sshd.folder / "key")]
+        subprocess.run(argv, env=os.environ | known, capture_output=True, check=True)
+        with pytest.MonkeyPatch.context() as patch:
+            url = sshd.url(python=sys.executable, config=str(config))
+            assert "it does not let you in" in failure(url, tmp_path).what
+            patch.setenv("SSH_AUTH_SOCK", known["SSH_AUTH_SOCK"])
+            assert Device(url, tmp_path).transport.python == sys.executable
+    finally:
+        os.kill(int(known["SSH_AGENT_PID"]), signal.SIGTERM)
+
+
 def test_everything_on_the_board_is_below_one_private_folder(sshd, device):
     device.facts()
     assert {path.name for path in sshd.home.iterdir()} == {".edgekd"}
