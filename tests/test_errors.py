@@ -14,7 +14,8 @@ from edgekd.errors import EdgekdError, RecipeError, shown, unknown, unknown_key
 TREE = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, EdgekdError)]
 EXIT_CODES = {
     "EdgekdError": 1, "RecipeError": 2, "MissingError": 3, "StageError": 4, "DataError": 4, "CheckpointError": 4,
-    "StoreError": 4, "ExportError": 4, "ConnectionLost": 4, "BudgetMissed": 5, "ResultInvalid": 6,
+    "StoreError": 4, "ExportError": 4, "ConnectionLost": 4, "DiskFull": 4, "BoardFailed": 4, "BudgetMissed": 5,
+    "ResultInvalid": 6,
 }  # fmt: skip
 
 

@@ -135,7 +135,7 @@ class Device:
     def job(self, name: str = "") -> Iterator[Job]:
         """A folder on the device, deleted at the end.
 
-        With a `name` it outlives a lost connection, a full disk and Ctrl-C for a while: the next job of that name goes on.
+        With a `name` it outlives a lost connection, a full disk and Ctrl-C for a while; the next of that name goes on.
         """
         folder = self.transport.make_folder(name)
         keep = False

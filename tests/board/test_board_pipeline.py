@@ -19,6 +19,7 @@ SMALL = (
     "student.width=0.25", "distill.train.epochs=2", "distill.scratch=false", "quantize.method=ptq",
     "quantize.calibration_images=64", "benchmark.seconds=0.2", "benchmark.launches=6",
 )  # fmt: skip
+PI_BY_TVM = "name: pi-tvm\nbackends: [{tvm: {arch: aarch64, cpu: cortex-a76}}]\n"
 
 
 @pytest.fixture
@@ -26,7 +27,8 @@ def devices(board, tmp_path, monkeypatch):
     """The board under two names: as a target of ONNX Runtime, and of TVM."""
     monkeypatch.chdir(tmp_path)
     lines = [f'  {name}: {{url: "{board.url}", target: {target}}}' for name, target in
-             (("ort", "raspberry-pi-5"), ("tvm", "raspberry-pi-5-tvm"))]  # fmt: skip
+             (("ort", "raspberry-pi-5"), ("tvm", "./pi-tvm.yaml"))]  # fmt: skip
+    (tmp_path / "pi-tvm.yaml").write_text(PI_BY_TVM)
     (tmp_path / "devices.yaml").write_text("\n".join(["devices:", *lines]))
     return tmp_path
 
@@ -50,7 +52,7 @@ def test_digits_on_a_raspberry_pi(devices, main):
     assert code == 6, err
     document = json.loads(out)
     rows = {row["name"]: row for row in document["boards"]}
-    assert {name: row["target"] for name, row in rows.items()} == {"ort": "raspberry-pi-5", "tvm": "raspberry-pi-5-tvm"}
+    assert {name: row["target"] for name, row in rows.items()} == {"ort": "raspberry-pi-5", "tvm": "pi-tvm"}
     store = devices / ".edgekd"
     for name, row in rows.items():
         report = json.loads((store / "runs" / document["run_id"] / name / "report.json").read_text())
