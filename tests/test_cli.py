@@ -91,7 +91,9 @@ def test_debug_shows_where_an_error_comes_from(main):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_list_fits_a_terminal_and_names_everything(kind, main, monkeypatch):
+def test_list_fits_a_terminal_and_names_everything(kind, main, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "devices.yaml").write_text("devices:\n  pi: {url: ssh://pi@pi}\n")
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = main("list", kind)
     rows = json.loads(main("list", kind, "--json")[1])[kind]

@@ -15,7 +15,7 @@ SAMPLES = 60
 TOLERANCE = 1e-4
 TURNED = 1
 SMALL = (
-    "data.train_limit=400", "data.test_limit=60", "teacher.depth=8", "teacher.width=0.5", "teacher.train.epochs=2",
+    "data.train_limit=400", "data.test_limit=60", "teacher.depth=8", "teacher.width=0.25", "teacher.train.epochs=2",
     "student.width=0.25", "distill.train.epochs=2", "distill.scratch=false", "quantize.method=ptq",
     "quantize.calibration_images=64", "benchmark.seconds=0.2", "benchmark.launches=6",
 )  # fmt: skip
