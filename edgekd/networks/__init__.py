@@ -2,6 +2,7 @@
 
 from edgekd.networks.activation_swap import SwapReport, swap_activations
 from edgekd.networks.building import build, build_chosen, is_trained
+from edgekd.networks.classifier import class_angles
 from edgekd.networks.counts import count_macs, count_params
 from edgekd.networks.ensemble import Ensemble, member_paths
 from edgekd.networks.spread import Spread
@@ -13,6 +14,7 @@ __all__ = [
     "SwapReport",
     "build",
     "build_chosen",
+    "class_angles",
     "count_macs",
     "count_params",
     "is_trained",

@@ -34,6 +34,7 @@ from edgekd.report.document import (
     Training,
     Verdict,
 )  # fmt: skip
+from edgekd.report.networks import Angles, Spread
 from edgekd.report.part import Absent, AccuracyChange, Metric
 from edgekd.report.quantization import Quantization
 from edgekd.tasks import Task
@@ -70,6 +71,8 @@ def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Docume
         verdict=_verdict(task, record, ladder, artifacts),
         ladder=ladder,
         attack=_attack(record, artifacts, ladder),
+        angles=_angles(record, artifacts),
+        spread=_spread(artifacts),
         latency=_latencies(bench),
         mode=bench.result["mode"] if bench else NOT_BENCHED,
         loadgen=bench.result.get("loadgen") if bench else None,
@@ -226,6 +229,28 @@ def _attack(record: Mapping[str, Any], artifacts: Artifacts, ladder: list[Ladder
         if name in found
     ]
     return Attack.model_validate({**result, "networks": networks})
+
+
+def _angles(record: Mapping[str, Any], artifacts: Artifacts) -> list[Angles] | Absent:
+    """Of every network, where the method looks at them."""
+    distill = record["recipe"]["distill"]
+    methods = [distill["method"], *(name for one in distill.get("methods", []) for name in one)]
+    if "angular" not in methods:
+        return Absent(reason="The recipe's method does not look at angles.")
+    found = []
+    for network in ("teacher", "scratch", "student"):
+        result = artifacts[network].result if network in artifacts else {}
+        if angles := result.get("class_angles"):
+            closest = [result["class_names"][number] for number in angles["closest"]]
+            found.append(Angles(network=network, **angles | {"closest": tuple(closest)}))
+    return found or Absent(reason="No network has a linear classifier.")
+
+
+def _spread(artifacts: Artifacts) -> Spread | Absent:
+    if "parts" not in artifacts:
+        return Absent(reason="The student is not spread over several boards.")
+    result = artifacts["parts"].result
+    return Spread.model_validate({name: result[name] for name in Spread.model_fields})
 
 
 def _quantization(task: Task, record: Mapping[str, Any], artifacts: Artifacts) -> Quantization | Absent:

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from edgekd.errors import StoreError
 from edgekd.report.engines import Claim, CompiledEngine
 from edgekd.report.measuring import Loadgen, Mode
+from edgekd.report.networks import Angles, Spread
 from edgekd.report.part import AGREE, Absent, AccuracyChange, Count, Metric, Part, Positive, Ratio, Span
 from edgekd.report.quantization import Quantization
 
@@ -297,6 +298,8 @@ class Document(Part):
     verdict: Verdict
     ladder: list[LadderRow]
     attack: Attack | Absent = NOT_RECORDED
+    angles: list[Angles] | Absent = NOT_RECORDED
+    spread: Spread | Absent = NOT_RECORDED
     latency: Latencies = Latencies()
     mode: Mode | Absent = NOT_RECORDED
     loadgen: Loadgen | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgekd.report import boards, engine_tables, measuring_tables, quantization_tables, tables
+from edgekd.report import boards, engine_tables, measuring_tables, network_tables, quantization_tables, tables
 from edgekd.report.document import Document
 from edgekd.report.formatting import DASH, flat
 from edgekd.report.part import Absent
@@ -26,6 +26,7 @@ def markdown_from_document(document: Document) -> str:
         ("Budgets", tables.budgets(document)),
         ("Accuracy", tables.ladder(document)),
         ("Accuracy under attack", tables.attack(document)),
+        *network_tables.sections(document),
         ("Latency", tables.latency(document)),
         ("Speed-up from launch to launch", tables.launches(document)),
     ):

@@ -151,6 +151,7 @@ def _network_result(
         **job.measured(logits),
         "params": networks.count_params(network),
         "macs": networks.count_macs(network, dataset.shape),
+        "class_angles": networks.class_angles(network, dataset.num_classes),
         "size_bytes": (out / WEIGHTS).stat().st_size,
         "class_names": list(dataset.class_names),
         "notes": [*dataset.notes, *job.notes[subject]],
