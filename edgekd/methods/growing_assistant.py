@@ -9,13 +9,14 @@ assistant, S the student, T the teacher, at every step of one training
     L = ce_weight CE(z_S, y) + kd_weight tau^2 KL(z_A || z_S)     z_A a constant in the student's part
       + ce_weight CE(z_A, y) + kd_weight tau^2 KL(z_T || z_A)
 
-    z_A = sum over groups g <= s of scale_g z_g        in phase s of `groups` phases of equal length
+    z_A = z_S + sum over groups g < s of scale_g z_g        in phase s of `groups` phases of equal length
 
-Each group is a network of the student's architecture with weights of its own: the assistant is a network of s times the
-student's width whose channels form s groups, and a new group comes in with scale 0. So growing changes no output, as in
-net2net (Chen, Goodfellow, Shlens, ICLR 2016), and it needs no knowledge of the network's graph: any student's
-architecture can grow, where net2net's rules for wider layers would have to follow shortcuts and concatenations.
-The first phase's assistant is as large as the student; a group is computed from its own phase on only.
+The assistant starts as the student itself, which so learns from the teacher at first; then it gets one more group in
+each phase. A group is a network of the student's architecture with weights of its own: together they are a network of s
+times the student's width whose channels form s groups. A new one comes in with scale 0, so growing changes no output,
+as in net2net (Chen, Goodfellow, Shlens, ICLR 2016), and needs no knowledge of the network's graph: any architecture can
+grow, where net2net's rules for wider layers would have to follow shortcuts and concatenations. A group costs nothing
+before its phase.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from edgekd.schedule import Schedule, value_at
 class GrowingAssistant(Method):
     """The student learns from an assistant that learns from the teacher and grows, group by group, as they train.
 
-    groups: student-sized parts of the assistant in the end, and phases of the training. kd_weight: of the divergences.
-    ce_weight: of the labels. temperature: tau.
+    groups: student-sized parts of the assistant in the end, the student among them, and phases of the training.
+    kd_weight: of the divergences. ce_weight: of the labels. temperature: tau.
     """
 
     uses_all_parameters = False  # a group is used from its phase on
@@ -68,15 +69,14 @@ class GrowingAssistant(Method):
         self.groups = nn.ModuleList()
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
-        """Make all groups, each with weights of its own by the layers' usual initialisation."""
-        for _ in range(self.count):
+        """Make the groups beside the student, each with weights of its own by the layers' usual initialisation."""
+        for _ in range(self.count - 1):
             group = copy.deepcopy(student).requires_grad_(True).train()
             for module in group.modules():
                 if callable(initialise := getattr(module, "reset_parameters", None)):
                     initialise()
             self.groups.append(group)
-        first = torch.arange(self.count, device=setting.example.device) == 0
-        self.scale = nn.Parameter(first.float())
+        self.scale = nn.Parameter(torch.zeros(self.count - 1, device=setting.example.device))
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """{ce, kd: the student's scalars; assistant_ce, assistant_kd: the assistant's}."""
@@ -84,7 +84,7 @@ class GrowingAssistant(Method):
         ce_weight = value_at(self.ce_weight, step.progress)
         kd_weight = value_at(self.kd_weight, step.progress) * tau**2
         phase = min(self.count, 1 + int(step.progress * self.count))
-        logits = self.assistant(step.x, phase)
+        logits = self.assistant(step.student_logits, step.x, phase)
         step.record("groups", phase)
         step.record("assistant_accuracy", (logits.argmax(1) == step.y).float().mean())
         return {
@@ -94,7 +94,7 @@ class GrowingAssistant(Method):
             "assistant_kd": kd_weight * divergence(step.teacher_logits, logits, tau),
         }
 
-    def assistant(self, x: Tensor, phase: int) -> Tensor:
+    def assistant(self, student_logits: Tensor, x: Tensor, phase: int) -> Tensor:
         """The logits [B, K] of the assistant as large as in this phase, 1 to `groups`, for images [B, C, H, W]."""
-        answers = [self.scale[number] * group(x).float() for number, group in enumerate(self.groups[:phase])]
-        return torch.stack(answers).sum(0)
+        grown = [self.scale[number] * group(x).float() for number, group in enumerate(self.groups[: phase - 1])]
+        return torch.stack([student_logits, *grown]).sum(0)
