@@ -30,7 +30,7 @@ from torch.optim import swa_utils
 
 from edgekd.checkpoint import read_checkpoint, write_checkpoint
 from edgekd.data import Dataset, Split
-from edgekd.data.batches import Batch, Batches, evaluation_batches
+from edgekd.data.batches import Batch, Batches, UnlabelledBatches, evaluation_batches
 from edgekd.errors import StageError
 from edgekd.learning_rate import learning_rate
 from edgekd.methods import Method, Step
@@ -45,6 +45,8 @@ CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_SECONDS = 30.0
 # After this many updates the processes compare notes; at every one of them a GPU would have to wait for the answer.
 LOOK_EVERY = 20
+# The target domain's images come in an order of their own, or they would be paired with those of the data.
+TARGET_SEED = 1 << 32
 # Images evaluated at a time: at most so many, and so many values; 8 million float32 are 32 MB, their maps some GB.
 EVALUATION_BATCH, EVALUATION_VALUES = 500, 8_000_000
 
@@ -176,6 +178,13 @@ class _Run:
             rank=self.rank, world=self.accelerator.num_processes, channels_last=spec.channels_last,
             replays=method.replays,
         )  # fmt: skip
+        self.target = None
+        if method.needs_target and dataset.target is not None:
+            self.target = UnlabelledBatches(
+                dataset.target.images, dataset, batch_size=spec.batch_size, augment=augment, seed=seed + TARGET_SEED,
+                device=self.device, rank=self.rank, world=self.accelerator.num_processes,
+                channels_last=spec.channels_last,
+            )  # fmt: skip
         self.total = spec.epochs * len(self.batches)
         self.updates = math.ceil(len(self.batches) / spec.accumulate)  # in an epoch
         network.to(self.device)
@@ -224,6 +233,8 @@ class _Run:
         given: dict[str, Any] = {"replay": self.position % self.method.replays}
         if self.teacher is not None:
             given |= {"teacher": lambda: self._teacher_logits(batch), "ask_teacher": self._ask_teacher}
+        if self.target is not None:
+            given["target"] = self.target[self.done]
         _seed_random(self.device, "step", self.seed, self.rank, self.done)
         if isinstance(self.network, FollowsTraining):
             self.network.follow(self.done / self.total)
@@ -259,8 +270,11 @@ class _Run:
         for optimizer in (self.optimizer, *self.adversaries):
             optimizer.step()
             optimizer.zero_grad()
+        share = self.done / self.total
+        self.method.constrain(self.network, step_size=self.optimizer.param_groups[0]["lr"], progress=share)
         if self.ema is not None:
             self.ema.update_parameters(self.network)
+            self.method.constrain(self.ema.module, step_size=0.0, progress=share)
 
     def _look(self) -> None:
         """All processes together: stop when the loss is not finite, save when it is time."""
@@ -291,7 +305,8 @@ class _Run:
         self.history.append(metrics)
         self.epoch, self.position, self.sums, self.epoch_started = self.epoch + 1, 0, {}, time.monotonic()
         goodness = self.dataset.task.metric.goodness(score)
-        if self.spec.keep == "best" and (self.best is None or goodness >= self.best[0]):
+        ready = self.epoch >= self.spec.epochs * self.method.ready
+        if self.spec.keep == "best" and ready and (self.best is None or goodness >= self.best[0]):
             self.best = goodness, self.epoch, {name: value.clone() for name, value in network.state_dict().items()}
         if self.log is not None:
             self.log.add(metrics)

@@ -66,7 +66,7 @@ def check(job: Job, to_make: Collection[str]) -> None:
     if "finetune" in to_make:
         quantizer = job.quantizer()
         assert isinstance(quantizer, TrainingQuantizer)
-        method = _check_method(job, built, stages.finetuning(job, quantizer))
+        method = _check_method(job, built, stages.finetuning(job, quantizer), finetuning=True)
         if method.student_taps.paths and not quantizer.keeps_modules:
             raise RecipeError(
                 f"quantize.method = {job.recipe.quantize.method} cannot train by distill.method ="
@@ -109,9 +109,9 @@ def _check_budget(job: Job) -> None:
         )
 
 
-def _check_method(job: Job, built: Mapping[str, nn.Module], spec: Train) -> Method:
+def _check_method(job: Job, built: Mapping[str, nn.Module], spec: Train, *, finetuning: bool = False) -> Method:
     from edgekd.methods import attachment
 
-    method = job.method()
+    method = job.method(finetuning=finetuning)
     attachment.attach(method, built["student"], built["teacher"], job.dataset, spec)
     return method

@@ -45,6 +45,9 @@ class Named(Section):
         return dict(self.model_extra or {})
 
 
+Chosen = str | dict[str, dict[str, Any]]  # a registered thing inside a section, as the recipe has it
+
+
 class Choice(NamedTuple):
     """A registered thing named inside a section, with its options."""
 
@@ -79,8 +82,11 @@ class Data(Named):
     """The images to learn from and to be measured on."""
 
     source: str = Field(description="the format, see: edgekd list datasets")
-    task: str | dict[str, dict[str, Any]] | None = Field(
+    task: Chosen | None = Field(
         None, description="NAME or {NAME: {option: value}}, see: edgekd list tasks; null is the source's own"
+    )
+    target_domain: Chosen | None = Field(
+        None, description="NAME or {NAME: {option: value}}: where the student will be used; its images have no labels"
     )
     validation: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="share of train kept for every choice")
     train_limit: Positive | None = Field(None, description="use at most this many training images")
@@ -121,9 +127,7 @@ class Network(Named):
     """A network and how it is trained."""
 
     network: str = Field(description="see: edgekd list networks; or timm:NAME, torchvision:NAME, module:callable")
-    activation: str | dict[str, dict[str, Any]] = Field(
-        "relu", description="NAME or {NAME: {option: value}}, see: edgekd list activations"
-    )
+    activation: Chosen = Field("relu", description="NAME or {NAME: {option: value}}, see: edgekd list activations")
 
 
 class Teacher(Network):
@@ -229,7 +233,7 @@ class Recipe(Section):
 NAMED = {"data": ("source", "dataset"), "teacher": ("network", "network"), "student": ("network", "network"),
          "distill": ("method", "method"), "quantize": ("method", "quantizer"),
          "benchmark": ("mode", "mode")}  # fmt: skip
-CHOICES = {("data", "task"): "task", ("teacher", "activation"): "activation",
+CHOICES = {("data", "task"): "task", ("data", "target_domain"): "dataset", ("teacher", "activation"): "activation",
            ("student", "activation"): "activation"}  # fmt: skip
 
 
@@ -239,11 +243,8 @@ def load(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Rec
     `overrides` are `key=value` lines that win over the file. Raises RecipeError, with file and line where there is one.
     """
     file = find(source)
-    return parse(
-        read_text(file, "the recipe", "name a file that you may read, or see: edgekd list recipes"),
-        name=str(file),
-        overrides=overrides,
-    )
+    text = read_text(file, "the recipe", "name a file that you may read, or see: edgekd list recipes")
+    return parse(text, name=str(file), overrides=overrides)
 
 
 def read_text(file: Path, what: str, fix: str) -> str:
@@ -343,13 +344,8 @@ def json_schema() -> dict[str, Any]:
             for entry in registry.entries(kind)
         ]
     for (section, key), kind in CHOICES.items():
-        one = {
-            "type": "object",
-            "properties": {entry.name: _options_schema(entry, {}) for entry in registry.entries(kind)},
-            "additionalProperties": False,
-            "minProperties": 1,
-            "maxProperties": 1,
-        }
+        one: dict[str, Any] = {"type": "object", "additionalProperties": False, "minProperties": 1, "maxProperties": 1}
+        one["properties"] = {entry.name: _options_schema(entry, {}) for entry in registry.entries(kind)}
         own = schema["$defs"][section.capitalize()]["properties"][key]
         nothing = [{"type": "null"}] if own.get("default", "") is None else []
         own |= {"anyOf": [{"enum": registry.names(kind)}, one, *nothing]}

@@ -13,9 +13,10 @@ from typing import Any
 
 from edgekd import stages
 from edgekd.artifact import by_content, sha256_of
-from edgekd.data import calibration
+from edgekd.data import calibration, fingerprint
 from edgekd.errors import CheckpointError, shown
 from edgekd.preflight import SUBJECTS
+from edgekd.recipe import choice_from_yaml
 from edgekd.stages import Inputs, Job
 
 
@@ -36,11 +37,12 @@ class Stage:
 def _network(job: Job, part: str) -> dict[str, Any]:
     spec, data = getattr(job.recipe, part), job.recipe.data
     own = {"source_sha256": source} if (source := _source_sha256(spec.network)) else {}
+    own |= {"target_sha256": fingerprint(*choice_from_yaml(data.target_domain))} if data.target_domain else {}
     return {
         part: by_content(spec.model_dump(exclude={"checkpoint"})),
         "seed": job.recipe.seed,
-        # The source's options are in the data's fingerprint, except for where its files lie.
-        "data": data.model_dump(mode="json", exclude=set(data.options)),
+        # The sources' options are in the data's fingerprints, except for where its files lie.
+        "data": data.model_dump(mode="json", exclude={*data.options, "target_domain"}),
         **own,
     }
 

@@ -59,7 +59,7 @@ def main() -> None:
 
 def run(seed: int, only: list[str] | None) -> None:
     """Train a teacher and every student, and print a line of JSON for each."""
-    rows = {name: (name, {}) for name in registry.names("method") if not _needs_options(name)} | VARIANTS
+    rows = {name: (name, {}) for name in registry.names("method") if not _needs_more(name)} | VARIANTS
     many, few = data.load("digits", {}), data.load("digits", {}, train_limit=IMAGES)
     teacher = network(TEACHER, many, seed)
     seconds = train(teacher, many, TEACHER_BUDGET, "scratch", {}, None, seed)
@@ -72,8 +72,10 @@ def run(seed: int, only: list[str] | None) -> None:
             print(json.dumps({**found, "row": row, "score": accuracy(student, few), "seconds": seconds}), flush=True)
 
 
-def _needs_options(name: str) -> bool:
-    return any(option.required for option in registry.entry("method", name).options.values())
+def _needs_more(name: str) -> bool:
+    """Options, or data of another domain."""
+    entry = registry.entry("method", name)
+    return any(option.required for option in entry.options.values()) or entry.load().needs_target
 
 
 def network(options: dict[str, Any], dataset: Dataset, seed: int) -> nn.Module:

@@ -3,7 +3,7 @@
 Everything but `edgekd.data.batches` works without torch.
 """
 
-from edgekd.data.dataset import Dataset, Part, RawData, Shape, Split
-from edgekd.data.loading import fingerprint, load
+from edgekd.data.dataset import Dataset, Domain, Part, RawData, Shape, Split
+from edgekd.data.loading import fingerprint, load, with_target
 
-__all__ = ["Dataset", "Part", "RawData", "Shape", "Split", "fingerprint", "load"]
+__all__ = ["Dataset", "Domain", "Part", "RawData", "Shape", "Split", "fingerprint", "load", "with_target"]

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.data.dataset import Dataset, Split
+from edgekd.data.dataset import Dataset, Images, Split
 from edgekd.errors import DataError
 from edgekd.recipe import Augment
 
@@ -107,6 +109,23 @@ class Batches:
             mask = (own[:, 2] * 255).to(torch.uint8).view(-1, 1, 1, 1)
             images = images ^ ((images ^ images.flip(-1)) & mask)
         return self._normalize(images)
+
+
+class UnlabelledBatches:
+    """Batches of images without their labels, by their number since the start; epoch after epoch, as in `Batches`."""
+
+    def __init__(self, images: Images, dataset: Dataset, **options: Any) -> None:
+        self._batches = Batches(Split(images, np.zeros(len(images), np.int64)), dataset, **options)
+        self._running: tuple[int, Iterator[Batch]] = -1, iter(())
+
+    def __getitem__(self, number: int) -> Tensor:
+        """The images of a batch, float32 [B, C, H, W], normalised; the next one is the quickest to get."""
+        epoch, position = divmod(number, len(self._batches))
+        following, batches = self._running
+        if number != following or not position:
+            batches = self._batches.epoch(epoch, start=position)
+        self._running = number + 1, batches
+        return next(batches).x
 
 
 def windows(images: Tensor, corners: Tensor, size: torch.Size) -> Tensor:

@@ -43,10 +43,19 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
+class Domain:
+    """Images like those of a data set, from elsewhere. images: uint8 [N, C, H, W], to learn from without labels."""
+
+    name: str
+    images: Images
+    test: Split
+
+
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set ready for training. mean, std: one number per channel, on the 0..1 scale, of the train split.
 
-    class_names: of the classes, or of whatever the task has in their place.
+    class_names: of the classes, or of whatever the task has in their place. target: where the student will be used.
     `notes` tell what the user did not ask for but should know: a test share carved out, images that occur twice.
     """
 
@@ -59,6 +68,7 @@ class Dataset:
     std: tuple[float, ...]
     notes: tuple[str, ...] = ()
     task: Task = field(default_factory=Classification)
+    target: Domain | None = None
 
     @property
     def num_classes(self) -> int:

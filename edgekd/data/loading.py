@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from edgekd import registry
 from edgekd.data.checks import checked
-from edgekd.data.dataset import Dataset, Images, Source, Split, TaskChoice
+from edgekd.data.dataset import Dataset, Domain, Images, Source, Split, TaskChoice
 from edgekd.errors import DataError, MissingError, RecipeError
 from edgekd.recipe import checked_choice
 from edgekd.tasks import Task
@@ -86,6 +86,23 @@ def load(
     channels = train.images.shape[1]
     mean, std = _statistics(train.images, parts.file) if normalize is None else _given(normalize, channels)
     return Dataset(source, train, val, test, parts.class_names, mean, std, parts.notes, parts.task)
+
+
+def with_target(dataset: Dataset, source: str, options: Mapping[str, Any]) -> Dataset:
+    """The data set, with another source as its target domain: images to learn from unlabelled, and to measure on.
+
+    Raises DataError for images of another shape, or with other classes; and what `read` raises.
+    """
+    parts = read(source, options)
+    shape, own = dataset.train.images.shape[1:], parts.train.images.shape[1:]
+    if own != shape or len(parts.class_names) != len(dataset.class_names):
+        sizes = ["x".join(map(str, one)) for one in (own, shape)]
+        raise DataError(
+            f"data.target_domain: {parts.file} has images of {sizes[0]} in {len(parts.class_names)} classes",
+            allowed=f"expected: those of the data, {sizes[1]} in {len(dataset.class_names)} classes",
+            fix="bring the images of the target domain to this shape; a class may have no image",
+        )
+    return replace(dataset, target=Domain(source, parts.train.images, parts.test))
 
 
 def read(source: str, options: Mapping[str, Any], task: TaskChoice | None = None) -> Parts:

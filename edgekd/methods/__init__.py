@@ -54,10 +54,10 @@ class Step:
     def __init__(
         self, x: Tensor, y: Tensor, *, progress: float, student: Forward, teacher: Callable[[], Tensor] | None = None,
         ask_teacher: Forward | None = None, index: Tensor | None = None, student_taps: Taps = NO_TAPS,
-        teacher_taps: Taps = NO_TAPS, replay: int = 0, task: Task = CLASSIFICATION,
+        teacher_taps: Taps = NO_TAPS, replay: int = 0, task: Task = CLASSIFICATION, target: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.x, self.y, self.progress, self.student, self.replay = x, y, progress, student, replay
-        self.task = task
+        self.task, self._target = task, target
         self._teacher, self._ask_teacher, self._index = teacher, ask_teacher, index
         self._student_taps, self._teacher_taps = student_taps, teacher_taps
         self.recorded: dict[str, Tensor] = {}
@@ -67,6 +67,12 @@ class Step:
         """int64 [B]: which samples of the training split these are."""
         assert self._index is not None, "the training loop knows which samples it takes"
         return self._index
+
+    @property
+    def target(self) -> Tensor:
+        """Images of the target domain, normalised, [T, C, H, W]. Asked for by a method with `needs_target` only."""
+        assert self._target is not None, "the training loop gives them to every method that needs them"
+        return self._target
 
     def label_loss(self) -> Tensor:
         """What the task minimises without a teacher, on these labels: a scalar."""
@@ -124,16 +130,20 @@ class Method(nn.Module):
 
     tasks: the names of those that it can learn; None for any.
     student_taps, teacher_taps: set by `attach` where features are needed; the steps then have them.
+    needs_target: whether it learns from unlabelled images of a target domain.
     needs_images: whether it learns from the data's images; without, the student is not asked about them.
     uses_all_parameters: whether every step gives a gradient to all that the method owns.
     replays: how many steps in a row take the same batch. An epoch has as many steps as ever, on fewer samples.
+    ready: from which share of the training on the student is one to keep, as far as `constrain` is concerned.
     """
 
     tasks: tuple[str, ...] | None = ("classification",)
     needs_teacher: bool = True
+    needs_target: bool = False
     needs_images: bool = True
     uses_all_parameters: bool = True
     replays: int = 1
+    ready: float = 0.0
     student_taps: Taps = NO_TAPS
     teacher_taps: Taps = NO_TAPS
 
@@ -149,6 +159,19 @@ class Method(nn.Module):
         The loop moves all other parameters, and calls these whenever it does. Their learning rates are their own.
         """
         return []
+
+    def constrain(self, student: nn.Module, *, step_size: float, progress: float) -> None:
+        """Change the student's weights in place after each update of them: proximal steps, projections onto a set.
+
+        step_size: the update's learning rate. progress: the share of the training that is done with this update. It is
+        called in every process, whose students are alike and have to stay so; and for the moving average of the
+        weights, which belongs to the same set but has made no step: with a step_size of 0. What it remembers belongs
+        into buffers.
+        """
+
+    def finetuning(self) -> Method:
+        """What trains a student on, for a quantizer, that this method has made: the same, unless that changes it."""
+        return self
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """The weighted terms of the loss by name, each a scalar; their sum is minimised."""

@@ -24,6 +24,13 @@ def attach(method: Method, student: nn.Module, teacher: nn.Module | None, datase
             fix="give a teacher, or set distill.method = scratch",
             key="distill.method",
         )
+    if method.needs_target and dataset.target is None:
+        raise RecipeError(
+            f"the method {type(method).__name__} learns from images of a target domain, and the recipe names none",
+            allowed="data.target_domain: SOURCE or {SOURCE: {option: value}}, like data.source; labels are not used",
+            fix="--set 'data.target_domain={folder: {path: FOLDER}}', or another distill.method",
+            key="data.target_domain",
+        )
     device = next(student.parameters()).device
     _check_task(method, dataset)
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (dataset.mean, dataset.std))

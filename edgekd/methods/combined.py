@@ -44,9 +44,11 @@ class _Several(Method):
         known = [part.tasks for _, part in self.named_parts() if part.tasks is not None]
         self.tasks = tuple(task for task in known[0] if all(task in own for own in known)) if known else None
         self.needs_teacher = any(part.needs_teacher for _, part in self.named_parts())
+        self.needs_target = any(part.needs_target for _, part in self.named_parts())
         self.needs_images = any(part.needs_images for _, part in self.named_parts())
         self.uses_all_parameters = all(part.uses_all_parameters for _, part in self.named_parts())
         self.replays = max(part.replays for _, part in self.named_parts())
+        self.ready = max(part.ready for _, part in self.named_parts())
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
         """Attach each of them; all their taps are taps of this one."""
@@ -58,6 +60,17 @@ class _Several(Method):
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Those of all of them."""
         return [optimizer for _, part in self.named_parts() for optimizer in part.optimizers()]
+
+    def constrain(self, student: nn.Module, *, step_size: float, progress: float) -> None:
+        """Constrain the student by each of them, in order."""
+        for _, part in self.named_parts():
+            part.constrain(student, step_size=step_size, progress=progress)
+
+    def finetuning(self) -> Method:
+        """The same, of what each of them trains on by."""
+        for name, part in self.named_parts():
+            self.parts[name] = part.finetuning()
+        return self
 
     def named_parts(self) -> list[tuple[str, Method]]:
         """The methods by their names, in order."""
@@ -110,6 +123,8 @@ class Staged(_Several):
                 fix=f"--set 'distill.epochs={[1] * len(methods)}', and so on",
                 key="distill.epochs",
             )
+        spans = zip([0.0, *self.ends], self.ends, self.named_parts(), strict=False)
+        self.ready = max([start + part.ready * (end - start) for start, end, (_, part) in spans if part.ready] or [0.0])
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
         """Attach all of them. Raises RecipeError when their epochs are not those of the training."""
@@ -125,7 +140,17 @@ class Staged(_Several):
     def forward(self, step: Step) -> dict[str, Tensor]:
         """The terms of the method whose turn it is."""
         number = sum(step.progress + ROUNDING >= end for end in self.ends[:-1])
-        start, end = [0.0, *self.ends][number : number + 2]
         _, part = self.named_parts()[number]
-        terms: dict[str, Tensor] = part(step.at(max(0.0, (step.progress - start) / (end - start))))
+        terms: dict[str, Tensor] = part(step.at(self._own_progress(number, step.progress)))
         return terms
+
+    def constrain(self, student: nn.Module, *, step_size: float, progress: float) -> None:
+        """Constrain the student by the method whose turn it is, and by those before it as they left it."""
+        for number, (_, part) in enumerate(self.named_parts()):
+            if number == 0 or progress > self.ends[number - 1] + ROUNDING:
+                part.constrain(student, step_size=step_size, progress=self._own_progress(number, progress))
+
+    def _own_progress(self, number: int, progress: float) -> float:
+        """How far the method of that number is, 0 to 1."""
+        start, end = [0.0, *self.ends][number : number + 2]
+        return min(max(0.0, (progress - start) / (end - start)), 1.0)

@@ -25,10 +25,12 @@ def check_width(width: float) -> None:
         )
 
 
-def conv_bn(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
+def conv_bn(
+    in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, groups: int = 1
+) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     """Convolution with 'same' padding and no bias, then batch normalisation. [B,C,H,W] to [B,C',H/stride,W/stride]."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+    return conv, nn.BatchNorm2d(out_channels)
 
 
 class GlobalAveragePool(nn.Module):

@@ -89,7 +89,7 @@ class BasicBlock(nn.Module):
         self.act1 = nn.ReLU()
         self.conv2, self.bn2 = conv_bn(out_channels, out_channels)
         self.act2 = nn.ReLU()
-        self.stride, self.extra_channels = stride, out_channels - in_channels
+        self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,H,W] to [B,C',H/stride,W/stride]."""
@@ -101,7 +101,8 @@ class BasicBlock(nn.Module):
         """Option A: subsampled identity, new channels zero; it has no parameters."""
         if self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(x, (0, 0, 0, 0, 0, self.extra_channels)) if self.extra_channels else x
+        new = self.conv2.out_channels - self.conv1.in_channels  # asked each time: channels may have been removed
+        return F.pad(x, (0, 0, 0, 0, 0, new)) if new else x
 
 
 class WideResNet(nn.Module):

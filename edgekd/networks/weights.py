@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.errors import CheckpointError
+from edgekd.networks.slimming import Structure, restructure
 
 # Where training scripts put the weights inside what they save, and what wrappers put before the names of weights.
 NESTED = ("state_dict", "model_state_dict", "model", "net")
@@ -29,7 +31,8 @@ FACTS = "edgekd"
 def save_weights(network: nn.Module, path: Path, facts: Mapping[str, Any] | None = None) -> None:
     """Write parameters and buffers as safetensors, all or nothing; `facts` become the file's metadata.
 
-    The facts say what the weights belong to: network, options, shape, num_classes, activation.
+    The facts say what the weights belong to: network, options, shape, num_classes, activation; and the structure, if
+    the network is smaller than what these make.
     Raises CheckpointError when the file cannot be written.
     """
     # A copy of each: safetensors refuses tensors that share memory (tied weights) or lie channels-last.
@@ -58,13 +61,32 @@ def save_weights(network: nn.Module, path: Path, facts: Mapping[str, Any] | None
 def load_weights(network: nn.Module, path: Path) -> dict[str, Any]:
     """Fill `network` with the weights in `path` (.safetensors, or a torch state dict) and return the file's facts.
 
+    Where the facts have a `structure`, the network becomes as small as that one was: see `slimming`.
     Raises CheckpointError when the file is absent, damaged, holds code, holds NaN, or does not fit the network; the
     network is then as it was.
     """
     tensors, facts = read_weights(path)
-    _check_fit(network.state_dict(), tensors, path)
+    structure = facts.get("structure")
+    if structure:
+        trial = copy.deepcopy(network)
+        _restructure(trial, structure, path)
+        _check_fit(trial.state_dict(), tensors, path)
+        restructure(network, structure)
+    else:
+        _check_fit(network.state_dict(), tensors, path)
     network.load_state_dict(tensors)
     return facts
+
+
+def _restructure(network: nn.Module, structure: Structure, path: Path) -> None:
+    try:
+        restructure(network, structure)
+    except (KeyError, AttributeError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{path}: belongs to a network that channels were removed from, and this one is another network",
+            allowed=f"removed there: channels of {', '.join([*structure.get('removed', {})][:SHOWN])}, ...",
+            fix="give the network the options, classes, image size and activation that the weights were trained with",
+        ) from error
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

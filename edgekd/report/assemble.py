@@ -368,6 +368,11 @@ def _notes(artifacts: Artifacts) -> list[str]:
     notes: list[str] = []
     for artifact in artifacts.values():
         notes += [note for note in artifact.result.get("notes", []) if note not in notes]
+    for stage, artifact in artifacts.items():
+        if target := artifact.result.get("target"):
+            notes.append(
+                f"On the target domain, {target['name']}: {stage} {target['text']}, {target['n']} test images."
+            )
     if cuts := (artifacts["bench"].result.get("interruptions", 0) if "bench" in artifacts else 0):
         notes.append(
             f"The benchmark was interrupted {cuts} time{'s' * (cuts > 1)}, and went on behind its last launch."

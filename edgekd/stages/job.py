@@ -63,11 +63,14 @@ class Job:
         """The data, read when first asked for."""
         spec = self.recipe.data
         self.on_progress(0.0, "reading the data")
-        return data.load(
+        dataset = data.load(
             spec.source, spec.options, task=spec.task, validation=spec.validation, seed=spec.seed,
             train_limit=spec.train_limit, test_limit=spec.test_limit,
             normalize=spec.normalize.model_dump() if spec.normalize else None,
         )  # fmt: skip
+        return (
+            dataset if spec.target_domain is None else data.with_target(dataset, *choice_from_yaml(spec.target_domain))
+        )
 
     @property
     def task(self) -> Task:
@@ -143,11 +146,11 @@ class Job:
         """Test images as a network is fed them: float32 [N, C, H, W]."""
         return self.dataset.normalize(self.dataset.test.images[start:end])
 
-    def method(self) -> Method:
-        """The recipe's distillation method."""
+    def method(self, *, finetuning: bool = False) -> Method:
+        """The recipe's distillation method; `finetuning`: as it trains a student on that it has made."""
         spec = self.recipe.distill
         made: Method = registry.create("method", spec.method, options=spec.options, where="distill")
-        return made
+        return made.finetuning() if finetuning else made
 
     def quantizer(self) -> Quantizer:
         """What makes the student smaller than float32."""

@@ -15,7 +15,8 @@ from edgekd.artifact import LOG, by_content
 from edgekd.quantize.quantizers import TrainingQuantizer
 from edgekd.recipe import Train
 from edgekd.stages.exporting import export_settings
-from edgekd.stages.job import CURVES, LABELS, LOGITS, MODEL, WEIGHTS, Inputs, Job
+from edgekd.stages.job import CURVES, LABELS, LOGITS, MODEL, WEIGHTS, Inputs, Job, warnings_of
+from edgekd.tasks import Judge
 
 # How a finetuning differs from the training that it follows, next to its length and learning rate.
 FINETUNE = {"warmup": 0, "schedule": "cosine", "ema": 0.0, "compile": False, "precision": "fp32"}
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from edgekd.distill import Trained
     from edgekd.methods import Method
+    from edgekd.networks import Structure
 
 
 def teacher(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
@@ -35,9 +37,9 @@ def teacher(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     if spec.checkpoint is None and not networks.is_trained(network):
         trained = _train(job, network, spec.train, registry.create("method", "scratch"), None, work, None)
         return _network_result(job, "teacher", network, trained, out, work)
-    if spec.checkpoint is not None:
-        networks.load_weights(network, spec.checkpoint)
-    return _network_result(job, "teacher", network.to(distill.processes().device), None, out, work)
+    facts = {} if spec.checkpoint is None else networks.load_weights(network, spec.checkpoint)
+    network.to(distill.processes().device)
+    return _network_result(job, "teacher", network, None, out, work, facts.get("structure"))
 
 
 def scratch(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
@@ -55,7 +57,30 @@ def student(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     spec = job.recipe.distill.train
     cache = _cache(job, inputs, spec.precision) if frozen is not None else None
     trained = _train(job, network, spec, method, frozen, work, cache)
-    return _network_result(job, "student", network, trained, out, work)
+    return _network_result(job, "student", network, trained, out, work, _shrunk(job, network))
+
+
+def _shrunk(job: Job, network: nn.Module) -> Structure:
+    """Take from the student what its weights do not use: channels that a method has silenced, low ranks."""
+    import torch
+
+    from edgekd import networks
+
+    before = networks.count_params(network), networks.count_macs(network, job.dataset.shape)
+    example = torch.from_numpy(job.dataset.normalize(job.dataset.train.images[:2]))
+    with warnings_of("edgekd.networks") as notes:
+        structure = networks.shrink(network, example.to(next(network.parameters()).device))
+    if structure:
+        after = networks.count_params(network), networks.count_macs(network, job.dataset.shape)
+        lost = sum(len(cut["outputs"]) for cut in structure.get("removed", {}).values())
+        factored = len(structure.get("factored", {}))
+        notes.append(
+            f"The student is smaller than the network that the recipe names: {lost} channels of its layers were not"
+            f" needed, {factored} convolutions had a low rank. {after[0]:,} of {before[0]:,} parameters are left,"
+            f" {after[1]:,} of {before[1]:,} multiply-accumulates."
+        )
+    job.notes["student"] = [*job.notes["student"], *notes]
+    return structure
 
 
 def finetuning(job: Job, quantizer: TrainingQuantizer) -> Train:
@@ -71,7 +96,7 @@ def finetune(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
 
     quantizer, dataset = job.quantizer(), job.dataset
     assert isinstance(quantizer, TrainingQuantizer)
-    network, method = job.restore("student", inputs["student"]), job.method()
+    network, method = job.restore("student", inputs["student"]), job.method(finetuning=True)
     images = torch.from_numpy(dataset.normalize(job.calibration.samples.images))
     job.on_progress(0.0, "preparing the student")
     prepared = quantizer.prepare(network, images)
@@ -126,8 +151,9 @@ def _keep_log(work: Path, out: Path) -> None:
 
 
 def _network_result(
-    job: Job, subject: str, network: nn.Module, trained: Trained | None, out: Path, work: Path
-) -> dict[str, Any]:
+    job: Job, subject: str, network: nn.Module, trained: Trained | None, out: Path, work: Path,
+    structure: Structure | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Measure a network on the test split, once, and write what the stages below it read."""
     import torch
 
@@ -141,6 +167,7 @@ def _network_result(
     np.save(out / LOGITS, logits)
     np.save(out / LABELS, dataset.test.labels)
     about = {"network": part.network, "options": by_content(part.options), "activation": part.activation}
+    about |= {"structure": structure} if structure else {}
     shape = {"shape": list(astuple(dataset.shape)), "outputs": list(dataset.outputs)}
     networks.save_weights(network, out / WEIGHTS, {**about, **shape})
     x = dataset.normalize(dataset.val.images[: distill.evaluation_batch(dataset)])
@@ -156,6 +183,11 @@ def _network_result(
         "class_names": list(dataset.class_names),
         "notes": [*dataset.notes, *job.notes[subject]],
     }
+    if dataset.target is not None:
+        answers, test = distill.predict(network, dataset.target.test, dataset), dataset.target.test
+        score = Judge(dataset.task, test.labels, dataset.outputs).score(answers)
+        text = dataset.task.metric.text(score)
+        result["target"] = {"name": dataset.target.name, "score": score, "n": len(test), "text": text}
     if trained is not None:
         _keep_log(work, out)
         result |= {"epochs": trained.epochs, "kept_epoch": trained.kept}

@@ -80,6 +80,7 @@ def step_of(method: Method, student: nn.Module, teacher: nn.Module, progress: fl
     x = torch.randn(B, 1, 8, 8, generator=generator)
     index = torch.randperm(N, generator=generator)[:B]
     given = {"teacher": lambda: teacher(x), "ask_teacher": teacher} if method.needs_teacher else {}
+    given |= {"target": torch.randn(B, 1, 8, 8, generator=generator) + 1} if method.needs_target else {}
     task = task_of(method)
     return Step(
         x, labels_of(task)[index], progress=progress, student=student, index=index, student_taps=method.student_taps,

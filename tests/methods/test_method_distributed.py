@@ -1,4 +1,4 @@
-"""Methods that own parameters, or attack their images, train in several processes: real ones, gloo on this machine."""
+"""Methods that own parameters, remember something or attack their images train in several processes: real ones."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from edgekd.recipe import Augment, Train
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["edgekd.distill", "edgekd.networks", "sklearn.datasets"])
-OWNERS = [name for name in registry.names("method") if list(attached(name, *pair(name)).parameters())]
+OWNERS = [name for name in registry.names("method") if attached(name, *pair(name)).state_dict()]
 ATTACKERS = ["ard", "bss"]  # they meet the student several times in a step
 
 
 def train_here(name: str, folder: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    dataset = data.load("digits", {}, train_limit=60)
+    dataset = data.with_target(data.load("digits", {}, train_limit=60), "digits", {})
     student = student_of(name, classes=10)
     teacher = networks.build("resnet", {"depth": 8, "width": 0.375}, dataset.shape, 10, ("relu", {}), 1)
     method = registry.create("method", name, options=OPTIONS.get(name, {}))
