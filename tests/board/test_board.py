@@ -18,7 +18,7 @@ from edgekd.backends.null import Null
 from edgekd.bench import MIN_LAUNCHES, benchmark
 from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.device import Device, bootstrap, ssh
-from edgekd.errors import ConnectionLost, StageError
+from edgekd.errors import ConnectionLost, MissingError, StageError
 from edgekd.tasks import Judge
 from edgekd.tasks.classification import Classification
 
@@ -179,3 +179,18 @@ def test_a_full_disk_is_a_clear_error(board, tmp_path):
             job.put({"engine": tmp_path / "engine"})
         board.power("empty")
         job.put({"engine": tmp_path / "engine"})
+
+
+def test_a_board_without_a_network_gets_packages_all_the_same(board, tmp_path):
+    try:
+        bootstrap.install(Device(board.url, tmp_path), ["markupsafe"])
+    except MissingError as error:
+        pytest.skip(f"no package index can be reached from here: {error.what}")
+    device = Device(board.url, tmp_path)
+    with device.job() as job:
+        try:
+            assert job.python == "/home/pi/.edgekd/venv/bin/python"
+            argv = [job.python, "-c", "import markupsafe._speedups as it; print(it.__file__)"]
+            assert "aarch64" in job.run(argv, timeout=300).stdout
+        finally:
+            job.run(["rm", "-r", "/home/pi/.edgekd/venv"], timeout=300)
