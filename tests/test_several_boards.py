@@ -54,6 +54,7 @@ def test_a_board_that_fails_does_not_take_the_others_down(own_done, place, main)
     assert err.count("bench            done in") == 2
     assert "error: nobody-127-0-0-1-1 was not measured: device" in err
     assert "1 of 3 boards failed, all in " in err
+    assert err.startswith(f'nobody-127-0-0-1-1     left out: device "{NOBODY}": ')
     line = f"edgekd bench tiny.yaml --device here --device local: --device {NOBODY}"
     assert document["command"] == line
     # The same again from what was recorded; each board's run is one like any other, but none of the newest.

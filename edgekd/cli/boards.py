@@ -53,6 +53,8 @@ def run(jobs: Jobs, asked: Asked, terminal: Terminal, json_: bool) -> None:
     from edgekd import report
 
     failures = _unreachable(jobs)
+    for name, error in failures.items():
+        terminal.say_of(name, f"left out: {error.what}")
     failures |= _prepare(_without(jobs, failures), terminal)
     failures |= _measure(_without(jobs, failures), asked, terminal)
     run_id = _record(jobs, asked, failures)
