@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import tensorrt_stand_in
 from tiny_job import make_job
+from tiny_model import tiny_onnx
 
 from edgekd import pipeline, stages
-from edgekd.backends.tensorrt import built
+from edgekd.backends.tensorrt import TensorRT, built
 from edgekd.errors import StageError
+from edgekd.stages import deploying
 
 pytestmark = pytest.mark.skipif(bool(tensorrt_stand_in.missing()), reason=tensorrt_stand_in.missing())
 
@@ -164,6 +166,36 @@ def test_trtexec_builds_and_times_where_the_module_is_not(tmp_path):
         other = tensorrt_stand_in.bundle(tmp_path / "other", optimization_level=1)
         (tmp_path / "out-2").mkdir()
         stages.build("student", job, {"engine-student": other}, tmp_path / "out-2", tmp_path / "work")
+
+
+# ---------------------------------------------------------------- before the board is reached
+
+
+def examined(tmp_path, **model):
+    (tmp_path / "8.6.yaml").write_text('name: older\nbackends: [tensorrt: {version: "8.6.2"}]\n')
+    job = make_job(tmp_path / "store", target=str(tmp_path / "8.6.yaml"))
+    return deploying._examined(job, "student", tiny_onnx(tmp_path / "tiny.onnx", **model), tmp_path / "log")
+
+
+def test_what_the_release_would_refuse_is_not_compiled(tmp_path):
+    with pytest.raises(StageError) as caught:
+        examined(tmp_path, operator="Hardmax", opset=17)
+    assert str(caught.value).splitlines() == [
+        "error: backend tensorrt cannot run student.onnx: activation: Hardmax is taken from TensorRT 10.0 on, not by"
+        " 8.6.2; write it as simpler operators",
+        "       1 problem in all",
+        "fix:   choose another backend in the target, or change the network",
+    ]
+
+
+def test_a_compiler_that_crashes_here_says_nothing_of_the_board(tmp_path, monkeypatch):
+    def crash(self, onnx, log):
+        raise StageError("tensorrt_rtx, compiling tiny.onnx: it crashed (SIGABRT)")
+
+    monkeypatch.setattr(TensorRT, "examine", crash)
+    found = examined(tmp_path)
+    assert (found["evidence"], found["findings"]) == ("linted", [])
+    assert found["compiled"] == {"alarms": ["tensorrt_rtx, compiling tiny.onnx: it crashed (SIGABRT)"], "layers": []}
 
 
 # ---------------------------------------------------------------- what really ran
