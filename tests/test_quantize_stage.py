@@ -177,6 +177,7 @@ def test_check_names_what_tensorrt_refuses(main, store, tmp_path, monkeypatch):
 
 def test_check_of_no_model(main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "none.onnx").write_bytes(b"no model")
     code, _, err = main("check", "none.onnx", "--target", "jetson")
     assert code == 4
     assert err.splitlines()[0].startswith("error: none.onnx is not valid ONNX: ")
