@@ -16,9 +16,11 @@ from onnx import TensorProto, helper, numpy_helper
 pytest.importorskip("tvm", reason="TVM is an extra: pip install 'edgekd[tvm]'")
 pytest.importorskip("tvm_ffi")
 
+from tvm import te, tirx
+
 from edgekd import registry
 from edgekd.backends.tvm import runner
-from edgekd.backends.tvm.schedules import Plan
+from edgekd.backends.tvm.schedules import Plan, task_of
 from edgekd.backends.tvm.tuning import BATCH, Budget, Records, Task, tune
 from edgekd.errors import RecipeError, StageError
 
@@ -103,6 +105,16 @@ def test_a_line_cut_short_costs_its_result_alone(tmp_path):
     (tmp_path / "records").write_text((tmp_path / "records").read_text()[:-5])
     Records(tmp_path / "records").add("other", {Plan(4, 4, 1): 1.0})
     assert Records(tmp_path / "records").known == {"task": {Plan(1, 2, 3): 0.5}, "other": {Plan(4, 4, 1): 1.0}}
+
+
+def loop(name, factor, size):
+    x = te.placeholder((size,), name=name)
+    return te.create_prim_func([x, te.compute(x.shape, lambda i: x[i] * tirx.const(factor, "float32"), name="y")])
+
+
+def test_a_task_is_what_a_kernel_computes_but_for_names_and_numbers():
+    first, same, other = loop("lv3", 0.5, 8), loop("lv12", -1e-3, 8), loop("lv3", 0.5, 9)
+    assert task_of(first) == task_of(same) != task_of(other)
 
 
 class Priced:

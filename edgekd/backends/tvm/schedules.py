@@ -27,7 +27,10 @@ MAX_COPIES = 2
 MAX_VECTORS = 4
 # Below this many values a loop is not worth waking other threads for.
 WORTH_THREADS = 16384
-_NUMBER = re.compile(r"T\.float32\([^)]*\)")
+# A dot product takes one operand from memory: so many sums hide its latency, and more of them make it slower.
+DOT_SUMS = 8
+# What differs between kernels that take equal time: numbers, and what Relax calls the inputs.
+_NAMES = re.compile(r"T\.float32\([^)]*\)|\blv\d*\b")
 
 
 class Plan(NamedTuple):
@@ -72,7 +75,7 @@ def cpu_schedules(processor: Processor, chosen: Mapping[str, Plan]) -> Any:
 
 def task_of(function: Any) -> str:
     """The sha256 of what a function computes, whatever its name and the numbers in it: equal ones take equal time."""
-    text = _NUMBER.sub("_", function.without_attr("global_symbol").script())
+    text = _NAMES.sub("_", function.without_attr("global_symbol").script())
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -270,6 +273,10 @@ class IntegerProductRule(TiledRule):
         """Sums that one instruction makes."""
         assert nest.processor.dot is not None
         return nest.processor.dot.lanes
+
+    def plans(self, nest: Nest) -> Iterator[Plan]:
+        """The same, those with few sums first."""
+        yield from sorted(super().plans(nest), key=lambda plan: plan.sums > DOT_SUMS)
 
     def transform(self, nest: Nest, plan: Plan) -> None:
         """A vector of quads of weights is multiplied by one quad of input values."""
