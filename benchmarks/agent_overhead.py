@@ -101,6 +101,7 @@ def prepare(
         "launches": launches,
         "models": [{"name": name, "folder": name, "runner": str(backend.runner)} for name in names],
         "samples": "samples.npy",
+        "pictures": None,
         "files": {},
         "min_seconds": seconds,
         "max_seconds": 10 * seconds,

@@ -187,9 +187,8 @@ class Benchmark(Named):
     mode: str = Field("single_stream", description="how the engines are asked, see: edgekd list modes")
     launches: Annotated[int, Field(ge=6)] = Field(9, description="fresh processes, each of which gives a ratio")
     lock_clocks: bool = Field(False, description="fix the device's clocks meanwhile; needs root there")
-    loadgen: bool = Field(
-        False, description="also time both with MLPerf's LoadGen on this machine (extra of that name)"
-    )
+    end_to_end: bool = Field(False, description="also time the way from stored images to answers, by steps")
+    loadgen: bool = Field(False, description="also time both with MLPerf's LoadGen, on this machine")
     accuracy_samples: Positive | None = Field(None, description="test images for accuracy on the device; null: all")
 
 

@@ -28,8 +28,9 @@ def test_clocks_that_cannot_be_locked_are_told(main, tiny, own_done):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlperf_loadgen") is None, reason="mlcommons-loadgen is not installed")
-def test_loadgen_stands_in_the_report(main, tiny, own_done):
-    code, out, _ = main("bench", "tiny.yaml", "--store", own_done.store, "--loadgen", "--json")
+def test_loadgen_and_end_to_end_stand_in_the_report(main, tiny, own_done):
+    end_to_end = ("--set", "benchmark.end_to_end=true")
+    code, out, _ = main("bench", "tiny.yaml", "--store", own_done.store, "--loadgen", "--json", *end_to_end)
     assert code in (0, 6)  # the machine may be busy
     found = json.loads(out)
     assert "--set benchmark.loadgen=true" in found["command"]
@@ -37,6 +38,7 @@ def test_loadgen_stands_in_the_report(main, tiny, own_done):
         model = found["loadgen"]["models"][name]
         assert model["agent_p50_ms"] == found["latency"][name]["p50_ms"]
         assert model["agent_over_loadgen"] == pytest.approx(model["agent_p50_ms"] / model["p50_ms"])
+    assert found["end_to_end"]["decoder"] == "none: they are stored as pixels"
     assert "Cross-check by LoadGen" in next(own_done.store.rglob(f"*{found['run_id']}*/report.html")).read_text()
 
 

@@ -12,9 +12,10 @@ import threading
 
 from .clocks import restore
 from .conductor import Bench
+from .errors import AgentError
 from .machine import facts
 from .signature import signer_of
-from .worker import AgentError, work
+from .worker import work
 
 FULL_BYTES = 1 << 16
 

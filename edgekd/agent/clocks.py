@@ -16,8 +16,8 @@ import subprocess
 import sys
 from typing import Any
 
+from .errors import AgentError
 from .sensors import read
-from .worker import AgentError
 
 
 def wanted(root: str) -> dict[str, str]:

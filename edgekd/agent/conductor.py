@@ -13,11 +13,11 @@ from typing import Any
 
 from . import VERSION
 from .clocks import Locked
+from .errors import AgentError
 from .launches import Launches
 from .machine import facts
 from .power import Meter, Rails
 from .sensors import Sensors, read
-from .worker import AgentError
 
 ACCURACY_CHUNK = 256  # samples between two progress lines
 SETUP_GUESS_S = 1.0  # per launch, until the first one has shown how long it takes
@@ -126,17 +126,15 @@ class Bench:
             models = [Model(model, self.spec["samples"]) for model in self.spec["models"]]
             self.progress("load")
             for model in models:
-                model.report.update(model.call("load"))
+                model.report.update(model.call("load", pictures=self.spec["pictures"]))
             for model in models:
-                model.report["warm_up"] = [
-                    model.call("warm_up", samples=turn["samples"]) for turn in self.spec["turns"]
-                ]
+                model.report["warm_up"] = [_warm_up(model, turn) for turn in self.spec["turns"]]
             # Whoever goes first in a round goes last in the rounds of the next launch: no place is better on average.
             self.measure(models if launch % 2 == 0 else models[::-1], launch)
             if launch == launches - 1:
                 self.classify(models)
             for model in models:
-                model.call("save", latency_file=self.launches.latency_file(model.name, launch))
+                model.call("save", **self.launches.files(model.name, launch))
                 model.close()
             reports = {model.name: model.report for model in models}
             self.launches.add(reports, self.telemetry, self.started, self.measured_s)
@@ -184,10 +182,16 @@ class Bench:
         turn, seed = self.spec["turns"][number], self.spec["seed"] + 1000 * launch + rounds
         for place, model in enumerate(models + models[::-1]):
             meter.begin(model.name, number)
-            answer = model.call(
-                "block", launch=launch, block=2 * rounds + place // len(models), queries=queries[model.name][number],
-                seed=seed, samples=turn["samples"], every_ns=turn["every_ns"],
-            )  # fmt: skip
+            block = {
+                "launch": launch,
+                "block": 2 * rounds + place // len(models),
+                "queries": queries[model.name][number],
+                "seed": seed,
+            }
+            if turn["end_to_end"]:
+                answer = model.call("block_end_to_end", **block)
+            else:
+                answer = model.call("block", samples=turn["samples"], every_ns=turn["every_ns"], **block)
             meter.end(answer["answered"])
 
     def expect(self, models: list[Model], launch: int, elapsed: float) -> None:
@@ -216,6 +220,10 @@ class Bench:
         line = {"progress": self.shown, "left_s": round(left, 1), "stage": stage}
         sys.stderr.write(json.dumps(line) + "\n")
         sys.stderr.flush()
+
+
+def _warm_up(model: Model, turn: dict[str, Any]) -> dict[str, Any]:
+    return model.call("warm_up_end_to_end") if turn["end_to_end"] else model.call("warm_up", samples=turn["samples"])
 
 
 def _queries(turn: dict[str, Any], warm_up: dict[str, Any]) -> int:

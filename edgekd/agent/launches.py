@@ -14,6 +14,7 @@ class Launches:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.names = [model["name"] for model in spec["models"]]
+        self.kinds = ["latency", "end_to_end"] if spec["pictures"] else ["latency"]
         self.spec_sha256 = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
         self.run = time.time_ns()
         self.done = []  # type: list[dict[str, Any]]
@@ -24,9 +25,9 @@ class Launches:
     def _file(self) -> str:
         return f"launch_{len(self.done)}.json"
 
-    def latency_file(self, name: str, launch: int) -> str:
-        """Where the latencies of one model in one launch are."""
-        return f"{name}_latency_{launch}.npy"
+    def files(self, name: str, launch: int) -> dict[str, str]:
+        """Where the tables of one model in one launch are, by their kind."""
+        return {kind: f"{name}_{kind}_{launch}.npy" for kind in self.kinds}
 
     def _finished(self) -> bool:
         """Whether the next launch is here, whole: a power cut may leave files without their content."""
@@ -36,7 +37,8 @@ class Launches:
             with open(self._file()) as file:
                 ours = json.load(file)["spec_sha256"] == self.spec_sha256
             for name in self.names:
-                np.load(self.latency_file(name, len(self.done)), allow_pickle=False)
+                for file_name in self.files(name, len(self.done)).values():
+                    np.load(file_name, allow_pickle=False)
             return bool(ours)
         except (OSError, ValueError, EOFError, KeyError):
             return False
@@ -73,16 +75,17 @@ class Launches:
             os.remove(f"launch_{number}.json")
 
     def join(self) -> dict[str, Any]:
-        """Write one file of latencies per model, its clock starting with the benchmark; return the rest together."""
+        """Write one file of each kind per model, its clock starting with the benchmark; return the rest together."""
         import numpy as np
 
         for name in self.names:
-            tables = []
-            for number, launch in enumerate(self.done):
-                table = np.load(self.latency_file(name, number), allow_pickle=False)
-                table[:, 2] -= launch["started_ns"]
-                tables.append(table)
-            np.save(name + "_latency.npy", np.concatenate(tables))
+            for kind in self.kinds:
+                tables = []
+                for number, launch in enumerate(self.done):
+                    table = np.load(self.files(name, number)[kind], allow_pickle=False)
+                    table[:, 2] -= launch["started_ns"]
+                    tables.append(table)
+                np.save(f"{name}_{kind}.npy", np.concatenate(tables))
         return {
             "models": {name: [launch["models"][name] for launch in self.done] for name in self.names},
             "telemetry": [row for launch in self.done for row in launch["telemetry"]],

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 
-from .worker import AgentError
+from .errors import AgentError
 
 # The owner's, which no ordinary user can change, and the user's own; the first that is there counts.
 ALLOWED_SIGNERS = ("etc/edgekd/allowed_signers", os.path.expanduser("~/.edgekd/allowed_signers"))

@@ -9,8 +9,10 @@ import os
 import sys
 import time
 import traceback
-from typing import Any
+from typing import Any, Callable
 
+from .errors import AgentError
+from .pictures import Pictures
 from .sensors import read
 
 WARMUP_WINDOW_S = 0.03  # long enough that one scheduler tick does not move the window's median
@@ -21,10 +23,6 @@ SETTLE_SAMPLES = 3  # untimed, after each change of model: they refill the cache
 HOT_SAMPLES_BYTES = 32 << 20  # inputs held in memory and drawn from; more than a cache, less than a small board has
 
 
-class AgentError(Exception):
-    """Something the person who asked can act on: printed without a traceback."""
-
-
 class Worker:
     """Loads one engine and does what the conductor asks: each public method is a command, its result the reply."""
 
@@ -32,9 +30,10 @@ class Worker:
         self.name, self.folder, self.runner_file, self.samples_file = name, folder, runner, samples
         self.batched = True
         self._rows = []  # type: list[Any]
+        self._end_to_end = []  # type: list[Any]
         self._logits = []  # type: list[Any]
 
-    def load(self) -> dict[str, Any]:
+    def load(self, pictures: dict[str, Any] | None) -> dict[str, Any]:
         """Import the runtime, load the engine, and keep inputs ready in memory."""
         import numpy as np
 
@@ -57,6 +56,7 @@ class Worker:
         hot = max(1, min(len(samples), HOT_SAMPLES_BYTES // samples[:1].nbytes))
         self.samples = samples
         self.hot = np.array(samples[:hot])
+        self.pictures = Pictures(pictures) if pictures else None
         gc.collect()
         gc.disable()
         return {
@@ -65,6 +65,7 @@ class Worker:
             "load_ms": 1e3 * (loaded - imported),
             "rss_before_load_bytes": before,
             "peak_rss_bytes": peak,
+            "decoder": self.pictures.decoder if self.pictures else "",
         }
 
     def warm_up(self, samples: int) -> dict[str, Any]:
@@ -72,14 +73,21 @@ class Worker:
         one of `samples` samples, as one batch where the engine takes batches."""
         if samples > 1 and self.batched:
             self._try_batch(samples)
-        inputs = self._inputs(samples)
-        first = self._time(inputs[:1])
+        return self._settled(self._time, self._inputs(samples))
+
+    def warm_up_end_to_end(self) -> dict[str, Any]:
+        """The same with pictures, from their bytes to the answer."""
+        assert self.pictures is not None
+        return self._settled(self._time_end_to_end, self.pictures.stored)
+
+    def _settled(self, ask: Callable[[list[Any]], list[Any]], inputs: list[Any]) -> dict[str, Any]:
+        first = ask(inputs[:1])
         per_window = max(3, int(WARMUP_WINDOW_S * 1e9 / max(1, first[0][1])))
         medians = []  # type: list[int]
         deadline = time.perf_counter() + WARMUP_CAP_S
         stable = False
         while not stable and (time.perf_counter() < deadline or len(medians) < 3):
-            stamps = self._time([inputs[index % len(inputs)] for index in range(per_window)])
+            stamps = ask([inputs[index % len(inputs)] for index in range(per_window)])
             medians.append(sorted(stamp[1] for stamp in stamps)[per_window // 2])
             last = medians[-3:]
             stable = len(last) == 3 and max(last) <= (1 + WARMUP_TOLERANCE) * min(last)
@@ -144,6 +152,40 @@ class Worker:
             due += every_ns
         return stamps
 
+    def block_end_to_end(self, launch: int, block: int, queries: int, seed: int) -> dict[str, Any]:
+        """Time `queries` pictures drawn with replacement by `seed`, from their bytes to the answer."""
+        import numpy as np
+
+        assert self.pictures is not None
+        stored = self.pictures.stored
+        order = [stored[i] for i in np.random.RandomState(seed).randint(len(stored), size=queries + SETTLE_SAMPLES)]
+        self._time_end_to_end(order[:SETTLE_SAMPLES])
+        stamps = np.array(self._time_end_to_end(order[SETTLE_SAMPLES:]), np.int64)
+        self._end_to_end.append(np.insert(np.delete(stamps, 1, axis=1), [0, 0], [launch, block], axis=1))
+        return {"answered": queries + SETTLE_SAMPLES}
+
+    def _time_end_to_end(self, order: list[bytes]) -> list[tuple[int, ...]]:
+        """(start, duration, and its parts: decode, resize, normalise, infer, argmax) in ns of one after the other."""
+        assert self.pictures is not None
+        decode, resize, normalise = self.pictures.decode, self.pictures.resize, self.pictures.normalise
+        run, clock = self.run, time.perf_counter_ns
+        stamps = []  # type: list[tuple[int, ...]]
+        for data in order:
+            start = clock()
+            picture = decode(data)
+            decoded = clock()
+            pixels = resize(picture)
+            resized = clock()
+            x = normalise(pixels)
+            normalised = clock()
+            logits = run(x)
+            inferred = clock()
+            logits.argmax(1)
+            end = clock()
+            parts = (decoded - start, resized - decoded, normalised - resized, inferred - normalised, end - inferred)
+            stamps.append((start, end - start, *parts))  # the duration is where `_settled` looks for it
+        return stamps
+
     def classify(self, start: int, stop: int) -> dict[str, Any]:
         """Logits of the samples start..stop, one by one as they are timed: what is timed is what is scored."""
         import numpy as np
@@ -152,11 +194,13 @@ class Worker:
             self._logits.append(np.array(self.run(np.array(self.samples[index : index + 1]))[0], np.float32))
         return {}
 
-    def save(self, latency_file: str) -> dict[str, Any]:
-        """Write the latencies, and the logits if there are any."""
+    def save(self, latency: str, end_to_end: str = "") -> dict[str, Any]:
+        """Write the latencies into these files, and the logits if there are any."""
         import numpy as np
 
-        np.save(latency_file, np.concatenate(self._rows))
+        np.save(latency, np.concatenate(self._rows))
+        if end_to_end:
+            np.save(end_to_end, np.concatenate(self._end_to_end))
         if self._logits:
             np.save(self.name + "_logits.npy", np.stack(self._logits))
         return {}

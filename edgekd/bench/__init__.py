@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.backends import Engine
+from edgekd.bench import end_to_end
 from edgekd.bench.arrays import quality_from_logits, table_from_latencies
 from edgekd.bench.deployment import Progress, bundle, measured_on
+from edgekd.bench.end_to_end import Pictures
 from edgekd.bench.latencies import rounds
 from edgekd.bench.modes import Mode
 from edgekd.bench.summary import summarize
@@ -35,6 +37,7 @@ def benchmark(
     device: Device,
     workdir: Path,
     mode: Mode,
+    pictures: Pictures | None = None,
     launches: int = 9,
     lock_clocks: bool = False,
     seed: int = 0,
@@ -42,7 +45,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure `student` against `teacher` on `device`; leave raw latencies and logits in `workdir`.
 
-    samples: float32 [N, C, H, W] as the networks take them; judge: of the answers; launches: 9 are the fewest whose
+    samples: float32 [N, C, H, W] as the networks take them; judge: of the answers; pictures: time also
+    the way from these to the answer; launches: 9 are the fewest whose
     interval survives one odd launch at either end; lock_clocks: hold the device's clocks at their highest meanwhile,
     which needs root there.
 
@@ -50,11 +54,13 @@ def benchmark(
     not hold is no error: its `status` is INVALID, with `reasons`.
     """
     engines = {"student": student, "teacher": teacher}
-    settings = settings_of(mode, launches=launches, lock_clocks=lock_clocks, seed=seed)
+    settings = settings_of(mode, pictures, launches=launches, lock_clocks=lock_clocks, seed=seed)
     workdir.mkdir(parents=True, exist_ok=True)
     # Loading must not take forever, nor a query more than a second: it is there for a device that hangs.
     timeout = launches * SETUP_TIMEOUT_S + 2 * MAX_STRETCH * mode.seconds + len(samples)
-    measured = measured_on(device, engines, samples, settings, workdir, timeout=timeout, on_progress=on_progress)
+    measured = measured_on(
+        device, engines, samples, settings, workdir, pictures=pictures, timeout=timeout, on_progress=on_progress
+    )
     tables = {name: table_from_latencies(workdir / f"{name}_latency.npy", name) for name in engines}
     if len({len(rounds(mode.headline(table))) for table in tables.values()}) > 1:
         raise StageError(
@@ -64,13 +70,16 @@ def benchmark(
         )
     quality = {name: quality_from_logits(workdir / f"{name}_logits.npy", judge, name) for name in engines}
     return summarize(measured, tables, quality, mode) | {
+        "end_to_end": end_to_end.findings(measured, workdir) if pictures else None,
         "settings": settings,
         "argv": measured["argv"],
         "url": device.url,
     }
 
 
-def settings_of(mode: Mode, *, launches: int, lock_clocks: bool, seed: int) -> dict[str, Any]:
+def settings_of(
+    mode: Mode, pictures: Pictures | None, *, launches: int, lock_clocks: bool, seed: int
+) -> dict[str, Any]:
     """What the agent is told beside the models and samples, see `benchmark`. Raises RecipeError."""
     if launches < MIN_LAUNCHES:
         raise RecipeError(
@@ -80,7 +89,7 @@ def settings_of(mode: Mode, *, launches: int, lock_clocks: bool, seed: int) -> d
         )
     return {
         "version": 1,
-        "turns": mode.turns(),
+        "turns": [*mode.turns(), *([end_to_end.TURN] if pictures else [])],
         "launches": launches,
         "min_seconds": mode.seconds,
         "max_seconds": MAX_STRETCH * mode.seconds,

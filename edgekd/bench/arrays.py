@@ -15,7 +15,7 @@ from edgekd.tasks import Judge
 
 def table_from_latencies(path: Path, name: str) -> Table:
     """The latencies in a file. Raises StageError when it holds something else."""
-    table = _array(path)
+    table = array_from(path)
     if table.ndim != 2 or table.shape[1] != 6 or table.dtype != np.int64 or (computing_ns(table) <= 0).any():
         raise StageError(
             f"{path.name} does not hold the latencies of the {name}: {table.dtype} {list(table.shape)}",
@@ -27,7 +27,7 @@ def table_from_latencies(path: Path, name: str) -> Table:
 
 def quality_from_logits(path: Path, judge: Judge, name: str) -> npt.NDArray[Any]:
     """How good each answer [N, ...] in a file is, [N], see `Task.quality`. Raises StageError when it cannot be told."""
-    logits, shape = _array(path), (len(judge.labels), *judge.outputs)
+    logits, shape = array_from(path), (len(judge.labels), *judge.outputs)
     if logits.shape != shape:
         raise StageError(
             f"the {name} gave logits {list(logits.shape)} for {len(judge.labels)} samples",
@@ -41,7 +41,7 @@ def quality_from_logits(path: Path, judge: Judge, name: str) -> npt.NDArray[Any]
     return judge.task.quality(logits, judge.labels)
 
 
-def _array(path: Path) -> npt.NDArray[Any]:
+def array_from(path: Path) -> npt.NDArray[Any]:
     """An array from a device: never a pickle, and never more memory than the file has bytes."""
     try:
         array: npt.NDArray[Any] = np.array(np.load(path, mmap_mode="r", allow_pickle=False))

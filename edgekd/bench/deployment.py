@@ -8,7 +8,7 @@ import logging
 import shlex
 import signal
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.backends import Engine
+from edgekd.bench.end_to_end import Pictures
 from edgekd.device import AGENT, JSON_LIMIT_BYTES, Device, Finished, Job, last_lines, parsed
 from edgekd.device.signature import sign
 from edgekd.errors import ConnectionLost, DiskFull, StageError
@@ -35,6 +36,7 @@ def measured_on(
     settings: Mapping[str, Any],
     workdir: Path,
     *,
+    pictures: Pictures | None,
     timeout: float,
     on_progress: Progress | None,
 ) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def measured_on(
 
     timeout: seconds, for a device that hangs. Raises StageError when an engine cannot be run there.
     """
-    sent = bundle(engines, samples, settings, workdir)
+    sent = bundle(engines, samples, settings, workdir, pictures)
     if key := device.transport.signing_key:
         sent["spec.json.sig"] = sign(workdir / "spec.json", key)
     # Named by what is measured: a benchmark that a killed host left on the device is gone on with.
@@ -51,11 +53,16 @@ def measured_on(
         job.put(sent)
         argv = [job.python, *ARGV]
         _measure(job, argv, timeout, on_progress)
-        return _fetch(job, engines, workdir) | {"argv": argv}
+        kinds = ("latency", "logits", *(["end_to_end"] if pictures else []))
+        return _fetch(job, engines, kinds, workdir) | {"argv": argv}
 
 
 def bundle(
-    engines: Mapping[str, Engine], samples: npt.NDArray[np.float32], settings: Mapping[str, Any], workdir: Path
+    engines: Mapping[str, Engine],
+    samples: npt.NDArray[np.float32],
+    settings: Mapping[str, Any],
+    workdir: Path,
+    pictures: Pictures | None,
 ) -> dict[str, Path]:
     """All that the device gets, by its name there. The spec among it holds the sha256 of all the rest."""
     np.save(workdir / "samples.npy", np.ascontiguousarray(samples, np.float32))
@@ -63,8 +70,11 @@ def bundle(
     for name, engine in engines.items():
         sent |= {name: engine.folder, f"{name}_runner.py": engine.runner}
         sent |= {library.name: library for library in engine.libraries}
+    stored = pictures.write(workdir / "pictures") if pictures else None
+    if stored:
+        sent["pictures"] = workdir / "pictures"
     models = [{"name": name, "folder": name, "runner": f"{name}_runner.py"} for name in engines]
-    spec = dict(settings, models=models, samples="samples.npy", files=_sha256_by_name(sent))
+    spec = dict(settings, models=models, samples="samples.npy", pictures=stored, files=_sha256_by_name(sent))
     (workdir / "spec.json").write_text(json.dumps(spec, indent=2), encoding="utf-8")
     # Empty, in the place of one that an earlier run may have left there.
     (workdir / "result.json").write_bytes(b"")
@@ -114,10 +124,10 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _fetch(job: Job, engines: Mapping[str, Engine], workdir: Path) -> dict[str, Any]:
+def _fetch(job: Job, engines: Mapping[str, Engine], kinds: Iterable[str], workdir: Path) -> dict[str, Any]:
     job.get("result.json", workdir / "result.json", limit_bytes=JSON_LIMIT_BYTES)
     for name in engines:
-        for file in (f"{name}_latency.npy", f"{name}_logits.npy"):
+        for file in (f"{name}_{kind}.npy" for kind in kinds):
             job.get(file, workdir / file, limit_bytes=MAX_NPY_BYTES)
     return parsed((workdir / "result.json").read_text(encoding="utf-8"), "the agent's result.json")
 

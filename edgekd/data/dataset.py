@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -30,16 +31,28 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Samples of one purpose. images: uint8 [N, C, H, W]; labels: [N, ...], what the task makes of them."""
+    """Samples of one purpose. images: uint8 [N, C, H, W]; labels: [N, ...], what the task makes of them; encoded: see
+    `Part`."""
 
     images: Images
     labels: Labels
+    encoded: Sequence[bytes | Path] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: npt.NDArray[np.int64]) -> Split:
-        return Split(self.images[index], self.labels[index])
+        encoded = [self.encoded[i] for i in np.arange(len(self))[index]] if self.encoded else ()
+        return Split(self.images[index], self.labels[index], encoded)
+
+    def stored(self, n: int) -> list[bytes]:
+        """The first n images as they are stored: files of an image format, else pixels as `.npy`, uint8 [C, H, W]."""
+        if self.encoded:
+            return [one if isinstance(one, bytes) else one.read_bytes() for one in self.encoded[:n]]
+        files = [io.BytesIO() for _ in self.images[:n]]
+        for file, image in zip(files, self.images, strict=False):
+            np.save(file, image)
+        return [file.getvalue() for file in files]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,13 +124,15 @@ class Dataset:
 class Part:
     """One part of a source as it was read, not yet checked. images: uint8 [N, C, H, W]; labels: [N, ...], of the task.
 
-    `where(i)` names the file and place of sample i, for errors; `file` is the file or folder of the whole part.
+    `where(i)` names the file and place of sample i, for errors; `file` is the file or folder of the whole part;
+    `encoded` are the images in their image format, where the source has them in one.
     """
 
     images: Images
     labels: npt.NDArray[Any]
     file: Path
     where: Callable[[int], str]
+    encoded: Sequence[bytes | Path] = ()
 
 
 @dataclass(frozen=True, eq=False)

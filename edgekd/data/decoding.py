@@ -63,7 +63,8 @@ def raw_from_encoded(
     start = 0
     for name, part in parts.items():
         stop = start + len(part.images)
-        made[name] = Part(images[start:stop], part.labels, part.file, part.where)
+        encoded = [image.data for image in part.images]
+        made[name] = Part(images[start:stop], part.labels, part.file, part.where, encoded)
         start = stop
     return RawData(made["train"], made.get("test"), made.get("val"), class_names, notes)
 

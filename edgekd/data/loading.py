@@ -85,6 +85,7 @@ def load(
         val = parts.val
     channels = train.images.shape[1]
     mean, std = _statistics(train.images, parts.file) if normalize is None else _given(normalize, channels)
+    train, val = replace(train, encoded=()), replace(val, encoded=())  # the test images' alone are asked for
     return Dataset(source, train, val, test, parts.class_names, mean, std, parts.notes, parts.task)
 
 
@@ -121,8 +122,11 @@ def read(source: str, options: Mapping[str, Any], task: TaskChoice | None = None
         ) from error
     purpose = task_from_choice(raw.task if task is None else task)
     raw, purpose = checked(raw, purpose)
-    train = Split(raw.train.images, raw.train.labels)
-    val, test = (None if part is None else Split(part.images, part.labels) for part in (raw.val, raw.test))
+    train, val, test = (
+        None if part is None else Split(part.images, part.labels, part.encoded)
+        for part in (raw.train, raw.val, raw.test)
+    )
+    assert train is not None
     notes = list(raw.notes)
     if test is not None:
         if val is not None:

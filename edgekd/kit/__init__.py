@@ -41,11 +41,12 @@ def packed(
     """
     content = {path: file.read_bytes() for path, file in _every(files)} | {"run.py": (HERE / "run.py").read_bytes()}
     sha256 = {path: hashlib.sha256(data).hexdigest() for path, data in content.items() if path not in WRITTEN}
+    kinds = ["latency", "logits", *(["end_to_end"] if "pictures" in files else [])]
+    arrays = [f"{model}_{kind}.npy" for model in ("student", "teacher") for kind in kinds]
     kit = {
         "name": name, "target": target, "backend": backend, "files": sha256,
         "built_here": ["student", "teacher"] if built_files else [], "built_files": list(built_files),
-        "measured_files": ["result.json", *(f"{model}_{what}.npy" for model in ("student", "teacher")
-                                            for what in ("latency", "logits"))],
+        "measured_files": ["result.json", *arrays],
     }  # fmt: skip
     kit["id"] = hashlib.sha256(json.dumps(kit, sort_keys=True).encode()).hexdigest()
     readme = Template((HERE / "README.md").read_text(encoding="utf-8")).substitute(

@@ -75,6 +75,7 @@ def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Docume
         spread=_spread(artifacts),
         latency=_latencies(bench),
         mode=bench.result["mode"] if bench else NOT_BENCHED,
+        end_to_end=bench.result["end_to_end"] if bench else None,
         loadgen=bench.result.get("loadgen") if bench else None,
         training=_training(artifacts),
         confusion=_confusion(task, artifacts),

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from edgekd.errors import StoreError
 from edgekd.report.engines import Claim, CompiledEngine
-from edgekd.report.measuring import Loadgen, Mode
+from edgekd.report.measuring import EndToEnd, Loadgen, Mode
 from edgekd.report.networks import Angles, Spread
 from edgekd.report.part import AGREE, Absent, AccuracyChange, Count, Metric, Part, Positive, Ratio, Span
 from edgekd.report.quantization import Quantization
@@ -302,6 +302,7 @@ class Document(Part):
     spread: Spread | Absent = NOT_RECORDED
     latency: Latencies = Latencies()
     mode: Mode | Absent = NOT_RECORDED
+    end_to_end: EndToEnd | None = None
     loadgen: Loadgen | None = None
     training: dict[Network, Training | Absent] = Field({})
     confusion: Confusion | Absent = NOT_RECORDED

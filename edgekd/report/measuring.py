@@ -71,8 +71,8 @@ class Fps(Part):
     models: dict[Model, Frames]
 
 
-class WindowSpeedup(Part):
-    """The speed-up in one window, with the interval of its rounds' median."""
+class RatioSpan(Part):
+    """A speed-up with its 95% interval."""
 
     value: Positive
     ci95: Span
@@ -85,7 +85,7 @@ class Window(Part):
     end_s: float
     p50_ms: dict[Model, Positive]
     rank: list[Model]
-    speedup: WindowSpeedup
+    speedup: RatioSpan
     temperature_c: float | None
     clock_hz: Positive | None
 
@@ -97,6 +97,24 @@ class Sustained(Part):
     windows: list[Window] = Field(min_length=1)
     slower: dict[Model, float]
     throttling: list[str]
+
+
+class Steps(Part):
+    """One model from the stored image to its answer; `steps_ms` are medians by step, in their order."""
+
+    p50_ms: Positive
+    p90_ms: Positive
+    p99_ms: Positive
+    n: Count
+    steps_ms: dict[str, float]
+
+
+class EndToEnd(Part):
+    """From the stored image to the answer, in the same session; `decoder`: what decodes on the device."""
+
+    decoder: str
+    models: dict[Model, Steps]
+    speedup: RatioSpan
 
 
 class LoadgenModel(Part):

@@ -8,7 +8,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 from edgekd.report.document import Document, Latency
 from edgekd.report.figures import LINE_STYLES, LOG_FROM_RATIO, PERCENT, PLAIN, WIDTH, Drawn, Key
 from edgekd.report.formatting import milliseconds
-from edgekd.report.measuring import Fps, Offline, Sustained
+from edgekd.report.measuring import EndToEnd, Fps, Offline, Sustained
 from edgekd.report.svg import ROLES, blank, drawing, inline_svg_from_figure
 
 MODELS = ("student", "teacher")
@@ -17,6 +17,13 @@ KEYS = tuple(Key(model, model) for model in MODELS)
 
 def of_measuring(document: Document) -> dict[str, Drawn]:
     """The figures by the name of the passage that they belong to."""
+    drawn = _of_mode(document)
+    if document.end_to_end:
+        drawn["end_to_end"] = steps(document.end_to_end)
+    return drawn
+
+
+def _of_mode(document: Document) -> dict[str, Drawn]:
     match document.mode:
         case Offline() as mode:
             return {mode.name: throughput(mode)}
@@ -103,3 +110,26 @@ def over_minutes(mode: Sustained) -> Drawn:
     return Drawn(
         "Latency over minutes", caption if measured else f"{caption} No sensor tells the temperature.", svg, KEYS
     )
+
+
+def steps(found: EndToEnd) -> Drawn:
+    """The median of every step, both models beside each other."""
+    names = list(found.models["student"].steps_ms)
+    with drawing("steps"):
+        figure = blank(WIDTH, 40 * len(names) + 46)
+        axes = figure.add_subplot()
+        for row, model in enumerate(found.models):
+            values = list(found.models[model].steps_ms.values())
+            places = np.arange(len(names)) + 0.36 * row - 0.18
+            axes.barh(places, values, height=0.32, color=ROLES[model], alpha=0.75)
+            for place, value in zip(places, values, strict=True):
+                axes.text(value, place, f" {milliseconds(value)}", va="center", fontsize=10.5)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlim(0, 1.3 * max(max(one.steps_ms.values()) for one in found.models.values()))
+        axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(PLAIN)
+        axes.set_xlabel("median, ms")
+        svg = inline_svg_from_figure(figure, "Time by step from the stored image to the answer; see the table")
+    return Drawn("Time by step", "Medians of one image at a time.", svg, KEYS)

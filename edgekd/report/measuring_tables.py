@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgekd.report.document import Document
 from edgekd.report.formatting import DASH, MINUS, milliseconds, number, percent, quantity, times
-from edgekd.report.measuring import Fps, Loadgen, MultiStream, Offline, Sustained, Window
+from edgekd.report.measuring import EndToEnd, Fps, Loadgen, MultiStream, Offline, Sustained, Window
 from edgekd.report.part import Absent
 from edgekd.report.passage import Passage
 from edgekd.report.tables import Row, Table
@@ -34,6 +34,9 @@ def passages(document: Document) -> list[Passage] | Absent:
         case Sustained():
             sentences, table = _sustained(mode), _windows(mode)
     found = [Passage(mode.name, HEADINGS[mode.name], sentences, table)]
+    if document.end_to_end:
+        heading = "End to end: from the stored image to the answer"
+        found.append(Passage("end_to_end", heading, _end_to_end(document.end_to_end), _steps(document.end_to_end)))
     if document.loadgen:
         found.append(Passage("loadgen", "Cross-check by LoadGen", (), _loadgen(document.loadgen)))
     return found
@@ -158,6 +161,29 @@ def _windows(mode: Sustained) -> Table:
 def _ratio(window: Window) -> str:
     low, high = window.speedup.ci95
     return f"{times(window.speedup.value)} ({times(low)} to {times(high)})"
+
+
+def _end_to_end(found: EndToEnd) -> tuple[str, ...]:
+    low, high = found.speedup.ci95
+    whole = f"From the stored image to the answer, the student is {times(found.speedup.value)} as fast as the teacher"
+    sentences = [f"{whole} (95% interval {times(low)} to {times(high)})."]
+    for model, one in found.models.items():
+        share = one.steps_ms["infer"] / sum(one.steps_ms.values())
+        sentences.append(f"The {model} itself takes {percent(share)} of that time.")
+    return (*sentences, f"Decoder: {found.decoder}.")
+
+
+def _steps(found: EndToEnd) -> Table:
+    models = list(found.models.values())
+    rows = [Row((step, *(milliseconds(one.steps_ms[step]) for one in models))) for step in models[0].steps_ms]
+    for name in ("p50", "p90", "p99"):
+        rows.append(
+            Row((f"all, {name}", *(milliseconds(getattr(one, f"{name}_ms")) for one in models)), strong=name == "p50")
+        )
+    rows.append(Row(("images timed", *(f"{one.n:,}" for one in models))))
+    columns = ("Step", *(model.capitalize() for model in found.models))
+    notes = ("Steps: medians. Timed in blocks between those of the model alone, by the same processes.",)
+    return Table("Time by step, from the stored image to the answer", columns, tuple(rows), notes)
 
 
 def _loadgen(found: Loadgen) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from edgekd import backends
 from edgekd.artifact import LOG
 from edgekd.backends import Engine
 from edgekd.bench import benchmark, loadgen
+from edgekd.bench.end_to_end import Pictures
 from edgekd.errors import StageError
 from edgekd.stages.job import ENGINE, LABELS, LOGITS, MODEL, Inputs, Job, test_logits
+
+PICTURES = 64  # stored images that are timed end to end, again and again
 
 
 def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
@@ -78,11 +82,12 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     session = work / "session"
     found = benchmark(
         engines["student"], engines["teacher"], samples=job.images(0, len(judge.labels)), judge=judge,
-        device=job.open_device(), workdir=session, mode=job.mode(), **benchmark_options(job),
+        device=job.open_device(), workdir=session, mode=job.mode(), pictures=pictures_of(job),
+        **benchmark_options(job),
         on_progress=lambda share, left_s, text: job.on_progress(share, text),
     )  # fmt: skip
     for file in session.iterdir():
-        if file.name != "samples.npy":  # the images can be made again from the data, and are large
+        if file.is_file() and file.name != "samples.npy":  # the images can be made again from the data, and are large
             shutil.copy(file, out)
     np.save(out / LABELS, judge.labels)
     if spec.loadgen:
@@ -91,6 +96,14 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
             engines, job.images(0, loadgen.HOT_SAMPLES), seconds=job.mode().seconds, found=found["latency"]
         )
     return found
+
+
+def pictures_of(job: Job) -> Pictures | None:
+    """The stored images that are timed end to end, where the recipe asks for that."""
+    if not job.recipe.benchmark.end_to_end:
+        return None
+    data = job.dataset
+    return Pictures(data.test.stored(PICTURES), astuple(data.shape), data.mean, data.std)
 
 
 def benchmark_options(job: Job) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from edgekd import bench, kit
 from edgekd.artifact import key_of, sha256_of
 from edgekd.device import AGENT
-from edgekd.stages.deploying import benchmark_options, engine_of
+from edgekd.stages.deploying import benchmark_options, engine_of, pictures_of
 from edgekd.stages.job import ENGINE, MODEL, Inputs, Job
 
 ARCHIVE = "edgekd-kit.tar.gz"
@@ -20,9 +20,10 @@ def pack(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     session.mkdir(exist_ok=True)
     engines = {subject: engine_of(subject, job, inputs) for subject in ("student", "teacher")}
     labels = job.dataset.judge("test", job.recipe.benchmark.accuracy_samples).labels
-    files = bench.bundle(
-        engines, job.images(0, len(labels)), bench.settings_of(job.mode(), **benchmark_options(job)), session
-    ) | {f"onnx/{subject}.onnx": file for subject, file in _models(inputs).items()}
+    pictures = pictures_of(job)
+    settings = bench.settings_of(job.mode(), pictures, **benchmark_options(job))
+    files = bench.bundle(engines, job.images(0, len(labels)), settings, session, pictures)
+    files |= {f"onnx/{subject}.onnx": file for subject, file in _models(inputs).items()}
     builds = job.backend.builds_on == "device"
     found = kit.packed(
         out / ARCHIVE, files,

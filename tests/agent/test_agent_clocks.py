@@ -12,7 +12,7 @@ import board_files
 import pytest
 
 from edgekd.agent.clocks import Locked, wanted
-from edgekd.agent.worker import AgentError
+from edgekd.agent.errors import AgentError
 from edgekd.device import AGENT
 
 GPU = "sys/class/devfreq/17000000.gpu/"

@@ -10,7 +10,7 @@ import pytest
 from test_interruptions import jobs, measure
 
 from edgekd.agent import signature as board
-from edgekd.agent.worker import AgentError
+from edgekd.agent.errors import AgentError
 from edgekd.device.signature import sign
 from edgekd.errors import MissingError, StageError
 

@@ -130,3 +130,29 @@ def test_both_timings_stand_side_by_side():
     }  # fmt: skip
     assert rows["Teacher"]["Difference"] == "−1.00%"
     assert "LoadGen 6.0.17" in html_from_document(document)
+
+
+def test_end_to_end_stands_by_steps(brief):
+    steps = {"decode": 0.4, "resize": 0.2, "normalise": 0.1, "infer": 4.0, "argmax": 0.01}
+    student = {"p50_ms": 4.72, "p90_ms": 4.9, "p99_ms": 5.5, "n": 1200, "steps_ms": steps}
+    teacher = student | {"p50_ms": 18.7, "steps_ms": steps | {"infer": 18.0}}
+    found = {
+        "decoder": "Pillow 13.0.0",
+        "models": {"student": student, "teacher": teacher},
+        "speedup": {"value": 3.97, "ci95": [3.9, 4.0]},
+    }
+    document = a_document("single_stream", brief | {"end_to_end": found})
+    _, passage_ = measuring_tables.passages(document)
+    assert passage_.sentences == (
+        "From the stored image to the answer, the student is 3.97x as fast as the teacher "
+        "(95% interval 3.90x to 4.00x).",
+        "The student itself takes 84.93% of that time.",
+        "The teacher itself takes 96.21% of that time.",
+        "Decoder: Pillow 13.0.0.",
+    )
+    rows = cells(passage_)
+    assert list(rows) == [*steps, "all, p50", "all, p90", "all, p99", "images timed"]
+    assert rows["infer"] == {"Step": "infer", "Student": "4.00 ms", "Teacher": "18.0 ms"}
+    html = html_from_document(document)
+    assert html.count("<strong>Time by step</strong>") == 1
+    assert passage_.table.caption in html

@@ -20,7 +20,7 @@ BLOCK_S = 0.05  # long against a scheduler tick, short against what heat and oth
 
 def turn(*, samples: int = 1, every_ns: int = 0, block_seconds: float = BLOCK_S) -> dict[str, Any]:
     """A block of queries of so many samples each, one `every_ns`, or one after the other when that is 0."""
-    return {"samples": samples, "every_ns": every_ns, "block_seconds": block_seconds}
+    return {"samples": samples, "every_ns": every_ns, "block_seconds": block_seconds, "end_to_end": False}
 
 
 def required(condition: bool, option: str, value: Any, allowed: str) -> None:
