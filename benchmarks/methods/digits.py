@@ -73,9 +73,10 @@ def run(seed: int, only: list[str] | None) -> None:
 
 
 def _needs_more(name: str) -> bool:
-    """Options, or data of another domain."""
+    """Options, data of another domain, or a student of its own (see sources.py)."""
     entry = registry.entry("method", name)
-    return any(option.required for option in entry.options.values()) or entry.load().needs_target
+    required = any(option.required for option in entry.options.values())
+    return required or entry.load().needs_target or name == "spread"
 
 
 def network(options: dict[str, Any], dataset: Dataset, seed: int) -> nn.Module:

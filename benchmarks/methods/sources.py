@@ -162,8 +162,13 @@ def report(lines: list[dict[str, Any]]) -> str:
         ("A tiny student (`growing_assistant`)", "growing", "kd"),
         ("Angles between classes (`angular`); a simplex of ten has 96.4 degrees", "angular", "kd"),
     ):  # fmt: skip
-        parts += [f"### {title}", accuracies([line for line in lines if line["study"] == study], base)]
-    parts += ["### Silent boards (`spread`)", silent_boards([line for line in lines if line["study"] == "boards"])]
+        if chosen := [line for line in lines if line["study"] == study]:
+            parts += [f"### {title}", accuracies(chosen, base)]
+    if chosen := [line for line in lines if line["study"] == "boards"]:
+        parts += ["### Silent boards (`spread`)", silent_boards(chosen)]
+    told = {line["study"] for line in lines}
+    if missing := [study for study in STUDIES if study not in told]:
+        parts.append(f"Not run yet: {', '.join(missing)}.")
     return "\n\n".join([*parts, "Made by `benchmarks/methods/sources.py`."])
 
 
