@@ -47,6 +47,8 @@ CHECKPOINT_SECONDS = 30.0
 LOOK_EVERY = 20
 # The target domain's images come in an order of their own, or they would be paired with those of the data.
 TARGET_SEED = 1 << 32
+# Of a table of the teacher's answers: above it the teacher is asked at every step. Maps have many answers.
+TABLE_BYTES = 1 << 30
 # Images evaluated at a time: at most so many, and so many values; 8 million float32 are 32 MB, their maps some GB.
 EVALUATION_BATCH, EVALUATION_VALUES = 500, 8_000_000
 
@@ -121,8 +123,8 @@ def predict(network: nn.Module, split: Split, dataset: Dataset) -> np.ndarray:
 
 def evaluation_batch(dataset: Dataset) -> int:
     """How many images are evaluated at a time: many small ones, few large ones."""
-    shape = dataset.shape
-    return max(1, min(EVALUATION_BATCH, EVALUATION_VALUES // (shape.channels * shape.height * shape.width)))
+    values = max(math.prod(dataset.shape.dimensions), math.prod(dataset.outputs))
+    return max(1, min(EVALUATION_BATCH, EVALUATION_VALUES // values))
 
 
 def processes() -> accelerate.PartialState:
@@ -189,7 +191,8 @@ class _Run:
         self.updates = math.ceil(len(self.batches) / spec.accumulate)  # in an epoch
         network.to(self.device)
         if spec.channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            flat = not dataset.shape.depth
+            network.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)  # type: ignore[call-overload]
         self.ema = _moving_average(network, spec.ema) if spec.ema else None
         self.teacher = None if teacher is None else teacher.to(self.device).requires_grad_(False)
         _seed_random(self.device, "method", seed)
@@ -203,6 +206,7 @@ class _Run:
             self.teacher is not None
             and not method.teacher_taps.paths
             and (logits_cache is not None or not is_changing(augment))
+            and 4 * len(dataset.train) * math.prod(dataset.outputs) <= TABLE_BYTES
         ):
             self.logits = TeacherLogits(self.teacher, dataset, self.batches, augment, self.accelerator, logits_cache)
         student: Any = torch.compile(network) if spec.compile else network

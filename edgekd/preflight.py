@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgekd import registry, stages
 from edgekd.bench import loadgen
+from edgekd.data import corruptions
 from edgekd.device import Device
 from edgekd.errors import MissingError, RecipeError
 from edgekd.quantize.quantizers import TrainingQuantizer
@@ -35,6 +36,10 @@ def check_device(job: Job) -> Device:
 def check(job: Job, to_make: Collection[str]) -> None:
     """Find what would fail late in the stages `to_make` before anything is trained: method, networks, backend."""
     _check_budget(job)
+    if job.recipe.corruptions is not None:
+        for kind in job.recipe.corruptions.kinds:
+            registry.entry("corruption", kind, "corruptions.kinds")
+        corruptions.check(job.dataset.test.images)
     if "attack" in to_make and job.task.name != "classification":
         raise RecipeError(
             f"attack asks for accuracy under attack, and the task of {job.dataset.name} is {job.task.name}",

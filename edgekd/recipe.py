@@ -161,6 +161,16 @@ class Attack(Section):
     steps: Positive = Field(20, description="steps along the sign of the gradient, from a random start")
 
 
+class Corruptions(Section):
+    """What test images must be told in spite of: how much of the score is left on corrupted ones."""
+
+    kinds: list[str] = Field([], description="see: edgekd list corruptions; none named is all")
+    severities: Annotated[list[Annotated[int, Field(ge=1, le=5)]], Field(min_length=1)] = Field(
+        [1, 2, 3, 4, 5], description="from 1, slight, to 5"
+    )
+    images: Positive | None = Field(None, description="how many test images; null: all")
+
+
 class Export(Section):
     """From torch to ONNX."""
 
@@ -214,6 +224,9 @@ class Recipe(Section):
     teacher: Teacher
     student: Student
     distill: Distill = Distill()
+    corruptions: Corruptions | None = Field(
+        None, description="{} corrupts the test images in 13 ways; null corrupts nothing"
+    )
     attack: Attack | None = Field(None, description="{} is PGD-20 within 8/255; null attacks nothing")
     export: Export = Export()
     quantize: Quantize = Quantize()
@@ -322,40 +335,6 @@ def checked_choice(value: str | dict[str, Any], kind: str, where: str) -> dict[s
         )
     name, options = choice_from_yaml(value)
     return {name: registry.entry(kind, name, where).validate(options, f"{where}.{name}")}
-
-
-def json_schema() -> dict[str, Any]:
-    """The recipe as a JSON Schema for editors, with the options of everything that is installed."""
-    schema = Recipe.model_json_schema()
-    for section, (key, kind) in NAMED.items():
-        definition = schema["$defs"][section.capitalize()]
-        definition["additionalProperties"] = True
-        own = definition["properties"]
-        default = own[key].get("default")
-        names = {"enum": registry.names(kind)}
-        # A network with a colon is somebody else's: its options are its own affair.
-        own[key] |= {"anyOf": [names, {"pattern": ":"}]} if kind == "network" else names
-        definition["allOf"] = [
-            {
-                "if": {"properties": {key: {"const": entry.name}}, "required": [key] if entry.name != default else []},
-                "then": _options_schema(entry, dict.fromkeys(own, True)),
-            }
-            for entry in registry.entries(kind)
-        ]
-    for (section, key), kind in CHOICES.items():
-        one: dict[str, Any] = {"type": "object", "additionalProperties": False, "minProperties": 1, "maxProperties": 1}
-        one["properties"] = {entry.name: _options_schema(entry, {}) for entry in registry.entries(kind)}
-        own = schema["$defs"][section.capitalize()]["properties"][key]
-        nothing = [{"type": "null"}] if own.get("default", "") is None else []
-        own |= {"anyOf": [{"enum": registry.names(kind)}, one, *nothing]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "edgekd recipe"}
-
-
-def _options_schema(entry: registry.Entry, beside: dict[str, Any]) -> dict[str, Any]:
-    """The options of a registered thing, and the keys that stand beside them."""
-    schema = entry.model.model_json_schema()
-    options = {"properties": {**beside, **schema["properties"]}, "required": schema.get("required", [])}
-    return {"type": ["object", "null"], "additionalProperties": False, **options}
 
 
 def _current(content: dict[str, Any]) -> Recipe:

@@ -1,4 +1,4 @@
-"""Names to callables: tasks, data sets, networks, activations, methods, quantizers, backends, transports, modes.
+"""Names to callables: tasks, data sets, corruptions, networks, activations, methods, quantizers, backends, ...
 
 A registered thing is a function or class under `@register(kind)`. Its positional parameters are what edgekd gives it;
 its keyword-only parameters are the user's options, and their annotations and defaults are the only list of options
@@ -31,7 +31,9 @@ from edgekd import schedule
 from edgekd.errors import EdgekdError, MissingError, RecipeError, shown, unknown, unknown_key
 
 T = typing.TypeVar("T", bound=Callable[..., Any])
-KINDS = ("task", "dataset", "network", "activation", "method", "quantizer", "backend", "transport", "mode")
+KINDS = (
+    "task", "dataset", "corruption", "network", "activation", "method", "quantizer", "backend", "transport", "mode",
+)  # fmt: skip
 GROUP = "edgekd"
 Location = tuple[int | str, ...]  # of a value in nested data: keys and indices
 

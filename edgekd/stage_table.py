@@ -82,6 +82,13 @@ def _student(job: Job) -> dict[str, Any]:
     return {**_network(job, "student"), "distill": distill}
 
 
+def _corrupt(job: Job) -> dict[str, Any]:
+    # The data's fingerprint is in every key; its split is not in that of an ONNX file that came out the same.
+    data = job.recipe.data
+    spec = job.recipe.corruptions.model_dump() if job.recipe.corruptions else {}
+    return {**spec, "batch": job.recipe.export.batch, "data": data.model_dump(mode="json", exclude=set(data.options))}
+
+
 def _attack(job: Job) -> dict[str, Any]:
     # The networks' digests stand for the data that they were trained on; its test part is in the data's digest.
     data = job.recipe.data
@@ -138,6 +145,10 @@ def _quantizes(job: Job) -> bool:
     return job.recipe.quantize.method != "none"
 
 
+def _corrupts(job: Job) -> bool:
+    return job.recipe.corruptions is not None
+
+
 def _attacks(job: Job) -> bool:
     return job.recipe.attack is not None
 
@@ -162,6 +173,7 @@ TABLE: tuple[Stage, ...] = (
     Stage("attack", stages.attack, _attack, ("teacher", "scratch", "student"), wanted=_attacks),
     Stage("parts", stages.parts, partial(_onnx, "student"), ("student",), wanted=_spreads),
     *(Stage(f"onnx-{one}", partial(stages.onnx, one), partial(_onnx, one), (one,)) for one in SUBJECTS),
+    Stage("corrupt", stages.corrupt, _corrupt, ("onnx-teacher", "onnx-student"), wanted=_corrupts),
     Stage("finetune", stages.finetune, _finetune, ("teacher", "student"), wanted=_finetunes, trains=True),
     Stage(
         "quantize", stages.quantize, _quantize, ("teacher", "student", "onnx-student", "finetune"), wanted=_quantizes
@@ -191,7 +203,8 @@ TABLE: tuple[Stage, ...] = (
     ),
 )
 # The last stage that each command of the command line needs; it runs that one and all above it.
-LAST = {"distill": "attack", "export": "onnx-student", "quantize": "quantize", "compile": "build-student",
+LAST = {"distill": "attack", "export": "onnx-student", "eval": "corrupt",
+        "quantize": "quantize", "compile": "build-student",
         "bench": "bench", "run": "bench"}  # fmt: skip
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import astuple
 from pathlib import Path
 
 from edgekd import data, registry
 from edgekd.artifact import write_synced
 from edgekd.data import Dataset
 from edgekd.errors import EdgekdError, RecipeError, StoreError
-from edgekd.recipe import DEFAULT_FILE, json_schema
+from edgekd.recipe import DEFAULT_FILE
+from edgekd.recipe_schema import json_schema
 
 SCHEMA = Path(".edgekd") / "recipe.schema.json"
 # Where people keep data, in the order in which it is looked for.
@@ -99,7 +99,7 @@ def write(folder: Path, path: Path | None) -> list[Path]:
 
 def _recipe(source: str, place: Path | None, dataset: Dataset) -> str:
     """The text of edgekd.yaml; `place` is where the source's files lie."""
-    sizes = "x".join(str(size) for size in astuple(dataset.shape))
+    sizes = str(dataset.shape)
     side = max(dataset.shape.height, dataset.shape.width)
     small = side <= SMALL_PIXELS
     return TEMPLATE.format(

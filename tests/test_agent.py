@@ -32,7 +32,7 @@ def make_board(tmp_path):
     shutil.copytree(AGENT, tmp_path / "agent", ignore=shutil.ignore_patterns("__pycache__"))
     for latency_ms, name in zip((0.2, 0.4), NAMES, strict=True):
         (tmp_path / name).mkdir()
-        settings = {"backend": "null", "threads": 1, "image": [1, 4, 4], "classes": 3, "latency_ms": latency_ms}
+        settings = {"backend": "null", "threads": 1, "image": [1, 4, 4], "answer": [3], "latency_ms": latency_ms}
         write_settings(tmp_path / name, settings)
         shutil.copyfile(Null.runner, tmp_path / f"{name}_runner.py")
     np.save(tmp_path / "samples.npy", np.zeros((12, 1, 4, 4), np.float32))
@@ -169,7 +169,7 @@ def test_progress_goes_from_0_to_1(done):
 
 def test_a_slow_engine_is_given_time_for_its_queries(board):
     write_settings(
-        board / "teacher", {"backend": "null", "threads": 1, "image": [1, 4, 4], "classes": 3, "latency_ms": 20}
+        board / "teacher", {"backend": "null", "threads": 1, "image": [1, 4, 4], "answer": [3], "latency_ms": 20}
     )
     write_spec(board, min_queries=16, min_seconds=0.0)
     assert bench(board).returncode == 0

@@ -18,7 +18,8 @@ from edgekd.cli.looking import KINDS
 from edgekd.errors import BudgetMissed, ResultInvalid
 
 COMMANDS = (
-    "bench", "calib", "check", "compile", "distill", "doctor", "export", "import", "init", "list", "plan", "quantize",
+    "bench", "calib", "check", "compile", "distill", "doctor", "eval", "export", "import", "init", "list", "plan",
+    "quantize",
     "report", "run", "schema",
 )  # fmt: skip
 

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from data.formats import write_cifar_batch, write_folder, write_idx, write_parquet
 
-from edgekd.recipe import json_schema, load
+from edgekd.recipe import load
+from edgekd.recipe_schema import json_schema
 from edgekd.yamlfile import mapping_from_yaml
 
 

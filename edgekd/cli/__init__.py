@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from edgekd import __version__
-from edgekd.cli import looking, preparing, running
+from edgekd.cli import evaluating, looking, preparing, running
 from edgekd.errors import BoardFailed, BudgetMissed, EdgekdError, MissingError, RecipeError, ResultInvalid
 
 INTERRUPTED = 130
@@ -39,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "check": looking.check,
     "plan": running.plan,
     **{name: running.stage_command(name, summary) for name, summary in running.STAGE_COMMANDS.items()},
+    "eval": evaluating.eval_,
     "import": running.import_,
     "report": looking.report,
 }

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from edgekd.terminal import Terminal
 
 KINDS = (
-    "tasks", "datasets", "networks", "activations", "methods", "quantizers", "backends", "transports", "modes",
-    "targets", "recipes", "calib", "devices",
+    "tasks", "datasets", "corruptions", "networks", "activations", "methods", "quantizers", "backends", "transports",
+    "modes", "targets", "recipes", "calib", "devices",
 )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def list_(
 
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from edgekd.recipe import json_schema
+    from edgekd.recipe_schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 

@@ -114,7 +114,7 @@ def stage_command(name: str, summary: str) -> Callable[..., None]:
         if dry_run:
             _show_plan(job, name, terminal, json_)
         else:
-            _run(job, name, terminal, json_)
+            run_job(job, name, terminal, json_)
 
     command.__doc__ = summary
     whole = inspect.signature(command, eval_str=True)
@@ -246,7 +246,8 @@ def _show_plan(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
     terminal.table(("stage", "action", "key"), rows)
 
 
-def _run(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
+def run_job(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
+    """Bring the stages of a command into the store, and show what they found."""
     from edgekd import pipeline
     from edgekd.report import Document
     from edgekd.stage_table import last_stage
@@ -283,7 +284,7 @@ def import_(
     )  # fmt: skip
     terminal = terminal_of(no_color)
     job.on_progress = terminal.on_progress
-    _run(job, "bench", terminal, json_)
+    run_job(job, "bench", terminal, json_)
 
 
 def _show_kit(made: Artifact, terminal: Terminal) -> None:

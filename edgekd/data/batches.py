@@ -19,11 +19,12 @@ from torch import Tensor
 from edgekd.data.dataset import Dataset, Images, Split
 from edgekd.errors import DataError
 from edgekd.recipe import Augment
+from edgekd.tasks.segmentation import IGNORED
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """On the device. index: int64 [B], positions in the split; x: float32 [B, C, H, W], normalised; y: int64 [B]."""
+    """On the device. index: int64 [B], positions in the split; x: float32 [B, C, H, W], normalised; y: labels."""
 
     index: Tensor
     x: Tensor
@@ -67,6 +68,7 @@ class Batches:
         self.device = torch.device(device)
         self._images = torch.from_numpy(split.images).to(device)
         self._labels = torch.from_numpy(split.labels).to(device)
+        self._maps = dataset.task.per_pixel
         self._normalize = Normalize(dataset, device, channels_last)
         self._augment, self._seed, self._rank, self._replays = augment, seed, rank, replays
         self._size = min(batch_size, len(split) // world)
@@ -83,7 +85,8 @@ class Batches:
         for number in range(start, len(self)):
             first = number // self._replays * self._global_size + self._rank * self._size
             index = order[first : first + self._size]
-            yield Batch(index, self._images_at(index, changes), self._labels[index])
+            labels = self._moved(self._labels, index, changes, IGNORED) if self._maps else self._labels[index]
+            yield Batch(index, self._images_at(index, changes), labels)
 
     def in_order(self, epoch: int) -> Iterator[Tensor]:
         """Every sample once, in the order of the split, augmented as in this epoch: float32 [B, C, H, W]."""
@@ -101,14 +104,25 @@ class Batches:
 
     def _images_at(self, index: Tensor, changes: Tensor) -> Tensor:
         """The samples at `index` [B], augmented by their rows of `changes` and normalised."""
-        images, own = self._images.index_select(0, index), changes.index_select(0, index)
+        return self._normalize(self._moved(self._images, index, changes, 0))
+
+    def _moved(self, values: Tensor, index: Tensor, changes: Tensor, outside: int) -> Tensor:
+        """Of uint8 [N, ..., H, W] the samples at `index`, cropped and mirrored by their rows of `changes`.
+
+        outside: what is padded with. The slices of a volume move together.
+        """
+        chosen, own = values.index_select(0, index), changes.index_select(0, index)
+        if not (self._augment.crop or self._augment.flip):
+            return chosen
+        moved = chosen.reshape(len(index), -1, *chosen.shape[-2:])
         if self._augment.crop:
-            images = windows(F.pad(images, (self._augment.crop,) * 4), own[:, :2], images.shape[2:])
+            padded = F.pad(moved, (self._augment.crop,) * 4, value=outside)
+            moved = windows(padded, own[:, :2], moved.shape[2:])
         if self._augment.flip:
             # Chosen by bits: torch.where takes three times as long for uint8.
             mask = (own[:, 2] * 255).to(torch.uint8).view(-1, 1, 1, 1)
-            images = images ^ ((images ^ images.flip(-1)) & mask)
-        return self._normalize(images)
+            moved = moved ^ ((moved ^ moved.flip(-1)) & mask)
+        return moved.reshape(chosen.shape)
 
 
 class UnlabelledBatches:
@@ -148,11 +162,13 @@ class Normalize:
     """uint8 [B, C, H, W] to float32, (x / 255 - mean) / std per channel; bit for bit `Dataset.normalize` on a CPU."""
 
     def __init__(self, dataset: Dataset, device: torch.device | str, channels_last: bool = False) -> None:
+        dimensions = dataset.shape.dimensions
         self._mean, self._std = (
-            torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+            torch.tensor(values, dtype=torch.float32, device=device).view(-1, *[1] * (len(dimensions) - 1))
             for values in (dataset.mean, dataset.std)
         )
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        last = torch.channels_last if len(dimensions) == 3 else torch.channels_last_3d
+        self._format = last if channels_last else torch.contiguous_format
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] to float32 [B, C, H, W]."""

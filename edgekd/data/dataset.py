@@ -22,17 +22,26 @@ SplitName = Literal["train", "val", "test"]
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of one image: channels (1 grey, 3 RGB), height and width in pixels."""
+    """The size of one image: channels (1 grey, 3 RGB), height and width in pixels; the depth of a volume, 0 without."""
 
     channels: int
     height: int
     width: int
+    depth: int = 0
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """(C, H, W), or (C, D, H, W) of a volume."""
+        return (self.channels, *([self.depth] if self.depth else []), self.height, self.width)
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.dimensions))
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Samples of one purpose. images: uint8 [N, C, H, W]; labels: [N, ...], what the task makes of them; encoded: see
-    `Part`."""
+    """Samples of one purpose. images: uint8 [N, C, H, W], volumes [N, C, D, H, W]; labels: [N, ...], as the task has
+    them; encoded: see `Part`."""
 
     images: Images
     labels: Labels
@@ -100,7 +109,8 @@ class Dataset:
     @property
     def shape(self) -> Shape:
         """The size of every image of every split."""
-        return Shape(*self.train.images.shape[1:])
+        channels, *depth, height, width = self.train.images.shape[1:]
+        return Shape(channels, height, width, *depth)
 
     def split(self, name: SplitName) -> Split:
         """The split of that name."""
@@ -112,7 +122,9 @@ class Dataset:
 
     def normalize(self, images: Images) -> npt.NDArray[np.float32]:
         """(x / 255 - mean) / std of uint8 [N, C, H, W], as float32; bit for bit what `batches` computes in torch."""
-        mean, std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (
+            np.asarray(values, np.float32).reshape(-1, *[1] * (images.ndim - 2)) for values in (self.mean, self.std)
+        )
         x = images.astype(np.float32)
         x /= np.float32(255)
         x -= mean

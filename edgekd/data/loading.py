@@ -190,13 +190,13 @@ def _limited(split: Split, strata: Indices, limit: int | None, seed: int, option
 
 def _statistics(images: Images, file: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel on the 0..1 scale, from exact integer sums."""
-    channels = images.shape[1]
+    channels, axes = images.shape[1], (0, *range(2, images.ndim))
     count = images.size // channels
     sums, squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
     for start in range(0, len(images), 1024):  # in pieces, so that the squares stay in the cache
         piece = images[start : start + 1024].astype(np.uint32)
-        sums += piece.sum(axis=(0, 2, 3), dtype=np.int64)
-        squares += np.square(piece).sum(axis=(0, 2, 3), dtype=np.int64)
+        sums += piece.sum(axis=axes, dtype=np.int64)
+        squares += np.square(piece).sum(axis=axes, dtype=np.int64)
     mean = sums / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
     if not std.all():

@@ -33,7 +33,8 @@ def attach(method: Method, student: nn.Module, teacher: nn.Module | None, datase
         )
     device = next(student.parameters()).device
     _check_task(method, dataset)
-    mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (dataset.mean, dataset.std))
+    ones = [1] * (len(dataset.shape.dimensions) - 1)
+    mean, std = (torch.tensor(values, device=device).view(-1, *ones) for values in (dataset.mean, dataset.std))
     labels = torch.from_numpy(dataset.train.labels).to(device)
 
     def images(n: int) -> Tensor:

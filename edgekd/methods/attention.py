@@ -29,6 +29,8 @@ class AttentionTransfer(FeatureMethod):
     student_taps, teacher_taps: module paths, in pairs; null is the ends of all stages of edgekd's own networks.
     """
 
+    tasks = None
+
     def __init__(
         self,
         *,
@@ -47,7 +49,7 @@ class AttentionTransfer(FeatureMethod):
         maps = [same_size(*pair) for pair in self.pairs(step)]
         differences = [F.mse_loss(attention(student), attention(teacher)) for student, teacher in maps]
         return {
-            "ce": value_at(self.ce_weight, step.progress) * F.cross_entropy(step.student_logits, step.y),
+            "ce": value_at(self.ce_weight, step.progress) * step.label_loss(),
             "attention": value_at(self.weight, step.progress) * sum(differences, step.x.new_zeros(())),
         }
 

@@ -20,6 +20,8 @@ from edgekd.errors import RecipeError
 from edgekd.methods import Method, Setting, Step
 from edgekd.registry import MethodChoice, register
 
+# What methods call their loss on the labels: for classes, and for other tasks.
+LABEL_TERMS = ("ce", "task")
 # Progress is a quotient of batches: the first batch of a stage may fall short of it by rounding.
 ROUNDING = 1e-9
 
@@ -84,7 +86,7 @@ def _made(name: str, options: dict[str, Any]) -> Method:
 
 @register("method", "combined")
 class Combined(_Several):
-    """The terms of several methods are added; the cross-entropy is that of the first method that has one.
+    """The terms of several methods are added; the loss on the labels is that of the first method that has one.
 
     methods: NAME or {NAME: {option: value}}. All but the first add what they distil, and not the labels again.
     """
@@ -93,12 +95,13 @@ class Combined(_Several):
         super().__init__(methods)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        """{ce: scalar, NAME_TERM: scalar for every other term of every method}."""
+        """{ce or task: scalar, NAME_TERM: scalar for every other term of every method}."""
         terms: dict[str, Tensor] = {}
         for name, part in self.named_parts():
             own = part(step)
-            if "ce" in own:
-                terms.setdefault("ce", own.pop("ce"))
+            labels = {term: own.pop(term) for term in LABEL_TERMS if term in own}
+            if not any(term in terms for term in LABEL_TERMS):
+                terms |= labels
             terms |= {f"{name}_{term}": value for term, value in own.items()}
         return terms
 

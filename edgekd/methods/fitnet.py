@@ -31,6 +31,8 @@ class FitNet(FeatureMethod):
     student_taps, teacher_taps: module paths, in pairs; null is the ends of all stages of edgekd's own networks.
     """
 
+    tasks = None
+
     def __init__(
         self,
         *,
@@ -58,6 +60,6 @@ class FitNet(FeatureMethod):
             for regressor, (student, teacher) in zip(self.adapters, self.pairs(step), strict=True)
         ]
         return {
-            "ce": value_at(self.ce_weight, step.progress) * F.cross_entropy(step.student_logits, step.y),
+            "ce": value_at(self.ce_weight, step.progress) * step.label_loss(),
             "hint": value_at(self.weight, step.progress) / 2 * sum(hints, step.x.new_zeros(())) / len(hints),
         }

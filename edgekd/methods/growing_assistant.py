@@ -17,6 +17,7 @@ times the student's width whose channels form s groups. A new one comes in with 
 as in net2net (Chen, Goodfellow, Shlens, ICLR 2016), and needs no knowledge of the network's graph: any architecture can
 grow, where net2net's rules for wider layers would have to follow shortcuts and concatenations. A group costs nothing
 before its phase.
+In segmentation the divergences are of every pixel, their mean is taken, and the loss on the labels is the task's.
 """
 
 from __future__ import annotations
@@ -25,11 +26,10 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from edgekd.errors import RecipeError
 from edgekd.methods import Method, Setting, Step
-from edgekd.methods.divergence import divergence
+from edgekd.methods.divergence import by_place, divergence
 from edgekd.methods.options import above_zero, at_least_zero
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
@@ -43,6 +43,7 @@ class GrowingAssistant(Method):
     kd_weight: of the divergences. ce_weight: of the labels. temperature: tau.
     """
 
+    tasks = ("classification", "segmentation")
     uses_all_parameters = False  # a group is used from its phase on
 
     def __init__(
@@ -86,12 +87,13 @@ class GrowingAssistant(Method):
         phase = min(self.count, 1 + int(step.progress * self.count))
         logits = self.assistant(step.student_logits, step.x, phase)
         step.record("groups", phase)
-        step.record("assistant_accuracy", (logits.argmax(1) == step.y).float().mean())
+        step.record("assistant_score", step.task.batch_score(logits.detach(), step.y))
+        student, teacher, assistant = (by_place(one) for one in (step.student_logits, step.teacher_logits, logits))
         return {
-            "ce": ce_weight * F.cross_entropy(step.student_logits, step.y),
-            "kd": kd_weight * divergence(logits.detach(), step.student_logits, tau),
-            "assistant_ce": ce_weight * F.cross_entropy(logits, step.y),
-            "assistant_kd": kd_weight * divergence(step.teacher_logits, logits, tau),
+            "ce": ce_weight * step.label_loss(),
+            "kd": kd_weight * divergence(assistant.detach(), student, tau),
+            "assistant_ce": ce_weight * step.task.loss(logits, step.y),
+            "assistant_kd": kd_weight * divergence(teacher, assistant, tau),
         }
 
     def assistant(self, student_logits: Tensor, x: Tensor, phase: int) -> Tensor:

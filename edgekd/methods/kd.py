@@ -13,18 +13,20 @@ With schedules it is also the annealed distillation of a sensor's successor (Van
 `temperature: {linear: [8, 1]}`). Both papers' abstracts tell the idea; their schedules are not known here [R].
 Selective distillation is Van Molle's second finding, and its two rules are a reconstruction [R] too: the samples that
 the teacher does not get right, or is not sure of, have no KL and their cross-entropy at full weight.
+
+In segmentation every pixel has a KL, and their mean is taken; the loss on the labels is the task's.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgekd.errors import RecipeError, shown
-from edgekd.methods import Method, Step
-from edgekd.methods.divergence import divergence, divergences
+from edgekd.methods import Method, Setting, Step
+from edgekd.methods.divergence import by_place, divergence, divergences
 from edgekd.methods.options import above_zero
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at, values_of
@@ -41,6 +43,8 @@ class KD(Method):
     selective: distil only where the teacher is `right`, or `sure` of the label; elsewhere labels alone teach.
     confidence: `sure` is a teacher that gives the label a probability above this.
     """
+
+    tasks = ("classification", "segmentation")
 
     def __init__(
         self,
@@ -68,6 +72,16 @@ class KD(Method):
                 key="distill.kd_weight",
             )
 
+    def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
+        """Raises RecipeError for a selection of pixels."""
+        if self.selective is not None and setting.task.name != "classification":
+            raise RecipeError(
+                f"distill.selective = {shown(self.selective)} selects samples, and the task is {setting.task.name}",
+                allowed="with it: classification",
+                fix="--set distill.selective=null",
+                key="distill.selective",
+            )
+
     def forward(self, step: Step) -> dict[str, Tensor]:
         """{ce: scalar, kd: scalar}."""
         kd_weight = value_at(self.kd_weight, step.progress)
@@ -75,9 +89,9 @@ class KD(Method):
         if self.selective is not None:
             return self._selected(step, kd_weight, ce_weight)
         temperature = value_at(self.temperature, step.progress)
-        kl = divergence(step.teacher_logits, step.student_logits, temperature)
+        kl = divergence(by_place(step.teacher_logits), by_place(step.student_logits), temperature)
         return {
-            "ce": ce_weight * F.cross_entropy(step.student_logits, step.y),
+            "ce": ce_weight * step.label_loss(),
             "kd": kd_weight * (kl * self._scale(step)),
         }
 

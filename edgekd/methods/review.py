@@ -38,6 +38,8 @@ class Review(FeatureMethod):
     own networks.
     """
 
+    tasks = None
+
     def __init__(
         self,
         *,
@@ -67,7 +69,7 @@ class Review(FeatureMethod):
             below, output = fusion(student, below, teacher.shape[2:])
             losses.append(hierarchical_context(output.float(), teacher))
         return {
-            "ce": value_at(self.ce_weight, step.progress) * F.cross_entropy(step.student_logits, step.y),
+            "ce": value_at(self.ce_weight, step.progress) * step.label_loss(),
             "review": value_at(self.weight, step.progress) * torch.stack(losses).sum(),
         }
 

@@ -39,6 +39,8 @@ class RKD(FeatureMethod):
 
     place = "embedding"
 
+    tasks = None
+
     def __init__(
         self,
         *,
@@ -62,7 +64,7 @@ class RKD(FeatureMethod):
             for relation in (relative_distances, cosines)
         )
         return {
-            "ce": value_at(self.ce_weight, step.progress) * F.cross_entropy(step.student_logits, step.y),
+            "ce": value_at(self.ce_weight, step.progress) * step.label_loss(),
             "distance": value_at(self.distance_weight, step.progress) * by_distance,
             "angle": value_at(self.angle_weight, step.progress) * by_angle,
         }

@@ -13,6 +13,7 @@ from edgekd.errors import RecipeError, unknown
 from edgekd.networks.ensemble import member_paths
 from edgekd.networks.mobilenet import MobileNetV2
 from edgekd.networks.resnet import CifarResNet, WideResNet
+from edgekd.networks.unet import UNet
 
 Owner = Literal["student", "teacher"]
 Place = Literal["maps", "embedding"]
@@ -122,6 +123,8 @@ def default_taps(network: nn.Module, place: Place, owner: Owner) -> list[str]:
         return [f"{first}.{path}" for path in default_taps(network.get_submodule(first), place, owner)]
     if isinstance(network, CifarResNet | WideResNet):
         return ["pool"] if place == "embedding" else [f"stages.{number}" for number in range(len(network.stages))]
+    if isinstance(network, UNet) and place == "maps":
+        return [f"encoder.{number}" for number in range(len(network.encoder))]
     if isinstance(network, MobileNetV2):
         return ["pool"] if place == "embedding" else _ends_of_stages(network)
     parts = dict(network.named_children())

@@ -98,7 +98,7 @@ def _check_logits(name: str, network: nn.Module, shape: Shape, outputs: tuple[in
     """Raise RecipeError unless a batch of two images gives [2,*outputs]."""
     wanted = ",".join(map(str, outputs))
     example = example_of(network, shape)
-    size = f"{shape.channels}x{shape.height}x{shape.width}"
+    size = str(shape)
     try:
         with probing(network):
             logits = network(example)

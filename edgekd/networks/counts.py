@@ -29,7 +29,7 @@ def count_macs(network: nn.Module, shape: Shape) -> int:
 def example_of(network: nn.Module, shape: Shape, batch: int = 2) -> torch.Tensor:
     """Noise of the data's shape, float32 [B,C,H,W] on the network's device; the same at every call."""
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    size = (batch, shape.channels, shape.height, shape.width)
+    size = (batch, *shape.dimensions)
     return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device)
 
 

@@ -48,7 +48,8 @@ def he_initialise(network: nn.Module) -> None:
     """
     linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear" if module is linears[-1] else "relu")
+        if isinstance(module, nn.Conv2d | nn.Conv3d | nn.Linear):
+            last = bool(linears) and module is linears[-1]
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear" if last else "relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

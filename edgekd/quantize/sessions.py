@@ -72,7 +72,9 @@ def check_images(graph: Graph, images: Array, what: str) -> None:
     """Raises DataError unless `images` are float32 [N, C, H, W] that the model takes, all finite."""
     wanted = [dimension.dim_value for dimension in graph.image.type.tensor_type.shape.dim][1:]
     shown = "x".join(str(size or "any") for size in wanted)
-    if images.ndim != 4 or any(need and need != got for need, got in zip(wanted, images.shape[1:], strict=True)):
+    if images.ndim != len(wanted) + 1 or any(
+        need and need != got for need, got in zip(wanted, images.shape[1:], strict=True)
+    ):
         raise DataError(
             f"the {what} images are {list(images.shape)}, the model takes {shown}",
             allowed=f"expected: float32 [N, {shown.replace('x', ', ')}]",

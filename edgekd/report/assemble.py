@@ -14,7 +14,9 @@ from edgekd import registry, stats, tasks
 from edgekd.artifact import Artifact
 from edgekd.bench.latencies import DURATION, START, of_batch
 from edgekd.report import evidence
+from edgekd.report.answers import ClassScores, Estimates
 from edgekd.report.document import (
+    MAX_SAMPLES,
     NETWORKS,
     RUNGS,
     Activation,
@@ -37,7 +39,9 @@ from edgekd.report.document import (
 from edgekd.report.networks import Angles, Spread
 from edgekd.report.part import Absent, AccuracyChange, Metric
 from edgekd.report.quantization import Quantization
+from edgekd.report.robustness import Robustness
 from edgekd.tasks import Task
+from edgekd.tasks.regression import Regression
 
 Array = npt.NDArray[Any]
 Artifacts = Mapping[str, Artifact]
@@ -73,12 +77,14 @@ def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Docume
         attack=_attack(record, artifacts, ladder),
         angles=_angles(record, artifacts),
         spread=_spread(artifacts),
+        robustness=_robustness(record, artifacts),
         latency=_latencies(bench),
         mode=bench.result["mode"] if bench else NOT_BENCHED,
         end_to_end=bench.result["end_to_end"] if bench else None,
         loadgen=bench.result.get("loadgen") if bench else None,
         training=_training(artifacts),
         confusion=_confusion(task, artifacts),
+        answers=_answers_of_samples(task, artifacts),
         activation=_activation(artifacts),
         quantization=_quantization(task, record, artifacts),
         engines=evidence.engines(artifacts),
@@ -109,6 +115,7 @@ def _row(task: Task, rung: Rung, record: Mapping[str, Any], artifacts: Artifacts
         score=found["score"],
         n=found["n"],
         ci95=found["ci95"],
+        also=_also(task, artifact, artifacts.get("teacher")),
         agreement_with_teacher=_agreement(task, artifact, artifacts.get("teacher")),
         size_bytes=size,
         params=network.result["params"] if network else None,
@@ -147,6 +154,13 @@ def _agreement(task: Task, artifact: Artifact, teacher: Artifact | None) -> floa
         return None
     own = _answers(artifact)
     return task.agreement(own, _answers(teacher)[: len(own)])
+
+
+def _also(task: Task, artifact: Artifact, teacher: Artifact | None) -> dict[str, float]:
+    if teacher is None:
+        return {}
+    answers = _answers(artifact)
+    return task.also(answers, _labels(teacher)[: len(answers)])
 
 
 def _labels(artifact: Artifact) -> Array:
@@ -214,6 +228,15 @@ def _budgets(
             bound: Any = "at least" if name == "speedup" else "at most"
             budgets.append(Budget(name=name, limit=limit, value=value, met=met, bound=bound))
     return budgets
+
+
+def _robustness(record: Mapping[str, Any], artifacts: Artifacts) -> Robustness | Absent:
+    if record["recipe"].get("corruptions") is None:
+        return Absent(reason="Not asked for: edgekd eval --corruptions.")
+    if "corrupt" not in artifacts:
+        return Absent(reason="Not measured yet: edgekd eval.")
+    result = artifacts["corrupt"].result
+    return Robustness.model_validate({name: result[name] for name in Robustness.model_fields})
 
 
 def _attack(record: Mapping[str, Any], artifacts: Artifacts, ladder: list[LadderRow]) -> Attack | Absent:
@@ -323,6 +346,29 @@ def _confusion(task: Task, artifacts: Artifacts) -> Confusion | Absent:
         student=_counts(student, len(classes)),
         teacher=_counts(teacher, len(classes)) if teacher else Absent(reason="There is no teacher."),
     )
+
+
+def _answers_of_samples(task: Task, artifacts: Artifacts) -> ClassScores | list[Estimates] | Absent:
+    if task.name == "classification":
+        return Absent(reason="See the confusion matrix.")
+    if "student" not in artifacts or "teacher" not in artifacts:
+        return Absent(reason="There are no teacher and student yet.")
+    student, labels = artifacts.get("bench", artifacts["student"]), _labels(artifacts["teacher"])
+    names = tuple(artifacts["student"].result["class_names"])
+    answers = _answers(student)
+    labels, theirs = labels[: len(answers)], _answers(artifacts["teacher"])[: len(answers)]
+    if isinstance(task, Regression):
+        every = max(1, len(labels) // MAX_SAMPLES)
+        columns = [task.values(values)[::every].T.tolist() for values in (labels, answers, theirs)]
+        rows = zip(names, *columns, strict=True)
+        return [Estimates(name=name, true=true, student=own, teacher=other) for name, true, own, other in rows]
+    own, other = (task.by_class(values, labels, names) for values in (answers, theirs))
+    if not own:
+        return Absent(reason=f"The task is {task.name}, which has no classes.")
+    return ClassScores(
+        names=list(names), n=[n for n, _ in own], student=[score for _, score in own],
+        teacher=[score for _, score in other],
+    )  # fmt: skip
 
 
 def _counts(artifact: Artifact, k: int) -> list[list[int]]:

@@ -12,11 +12,13 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from edgekd.errors import StoreError
+from edgekd.report.answers import ClassScores, Estimates
 from edgekd.report.engines import Claim, CompiledEngine
 from edgekd.report.measuring import EndToEnd, Loadgen, Mode
 from edgekd.report.networks import Angles, Spread
 from edgekd.report.part import AGREE, Absent, AccuracyChange, Count, Metric, Part, Positive, Ratio, Span
 from edgekd.report.quantization import Quantization
+from edgekd.report.robustness import Robustness
 
 SCHEMA_VERSION: Literal[1] = 1
 MAX_SAMPLES = 2000
@@ -85,13 +87,17 @@ class Verdict(Part):
 
 
 class LadderRow(Part):
-    """The score at one step from the teacher to the device; either `score` with `n` and `ci95`, or a `reason`."""
+    """The score at one step from the teacher to the device; either `score` with `n` and `ci95`, or a `reason`.
+
+    `also`: other measures that the task has, by label.
+    """
 
     rung: Rung
     score: float | None = None
     n: Count | None = None
     ci95: Span | None = None
     agreement_with_teacher: Ratio | None = None
+    also: dict[str, Ratio] = Field({})
     size_bytes: Count | None = None
     params: Count | None = None
     macs: Count | None = None
@@ -300,12 +306,14 @@ class Document(Part):
     attack: Attack | Absent = NOT_RECORDED
     angles: list[Angles] | Absent = NOT_RECORDED
     spread: Spread | Absent = NOT_RECORDED
+    robustness: Robustness | Absent = NOT_RECORDED
     latency: Latencies = Latencies()
     mode: Mode | Absent = NOT_RECORDED
     end_to_end: EndToEnd | None = None
     loadgen: Loadgen | None = None
     training: dict[Network, Training | Absent] = Field({})
     confusion: Confusion | Absent = NOT_RECORDED
+    answers: ClassScores | list[Estimates] | Absent = NOT_RECORDED
     activation: list[Activation] | Absent = NOT_RECORDED
     quantization: Quantization | Absent = NOT_RECORDED
     engines: dict[Literal["student", "teacher"], CompiledEngine] = Field({})

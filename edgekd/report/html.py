@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from edgekd.report import (
+    answer_figures,
     boards,
     engine_tables,
     figures,
@@ -15,6 +16,7 @@ from edgekd.report import (
     network_tables,
     quantization_figures,
     quantization_tables,
+    robustness_tables,
     tables,
 )
 from edgekd.report.document import Activation, Document, Latency
@@ -64,6 +66,7 @@ def _context(document: Document) -> dict[str, Any]:
         "ladder_figure": figures.ladder(document),
         "attack": tables.attack(document),
         "network_sections": network_tables.sections(document),
+        "robustness": robustness_tables.tables(document.robustness, document.metric),
         "latency": tables.latency(document),
         "latency_figures": _latency_figures(document),
         "measuring": measuring_tables.passages(document),
@@ -74,6 +77,7 @@ def _context(document: Document) -> dict[str, Any]:
         "training": tables.training(document),
         "training_figures": figures.training(document),
         "confusion": _absent_or(document.confusion, figures.confusion),
+        "answers": _answers(document),
         "changed_classes": _absent_or(document.confusion, tables.changed_classes),
         "activations": _activation_figures(document.activation),
         "quantization": _absent_or(document.quantization, quantization_tables.passages),
@@ -86,6 +90,12 @@ def _context(document: Document) -> dict[str, Any]:
         "artifacts": tables.artifacts(document),
         "is_absent": lambda part: isinstance(part, Absent),
     }
+
+
+def _answers(document: Document) -> list[figures.Drawn]:
+    if isinstance(document.answers, Absent):
+        return []
+    return answer_figures.of_answers(document.answers, document.metric)
 
 
 def _latency_figures(document: Document) -> list[figures.Drawn]:

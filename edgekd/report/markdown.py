@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from edgekd.report import boards, engine_tables, measuring_tables, network_tables, quantization_tables, tables
+from edgekd.report import (
+    boards,
+    engine_tables,
+    measuring_tables,
+    network_tables,
+    quantization_tables,
+    robustness_tables,
+    tables,
+)
 from edgekd.report.document import Document
 from edgekd.report.formatting import DASH, flat
 from edgekd.report.part import Absent
@@ -25,6 +33,7 @@ def markdown_from_document(document: Document) -> str:
     for heading, table in (
         ("Budgets", tables.budgets(document)),
         ("Accuracy", tables.ladder(document)),
+        ("Corrupted images", _corrupted(document)),
         ("Accuracy under attack", tables.attack(document)),
         *network_tables.sections(document),
         ("Latency", tables.latency(document)),
@@ -59,6 +68,12 @@ def markdown_from_boards(document: boards.BoardsDocument) -> str:
         parts.append(f"**{_inline(name)}**\n\n" + "\n".join(f"- {_inline(reason)}" for reason in why))
     parts += ["## Boards", _table(boards.table(document)), "## Reproduce", _code(document.command)]
     return "\n\n".join(parts) + "\n"
+
+
+def _corrupted(document: Document) -> Table | Absent:
+    """The means by category: the rest is in report.html."""
+    part = document.robustness
+    return part if isinstance(part, Absent) else robustness_tables.tables(part, document.metric)[0]
 
 
 def _passages(passages: list[Passage]) -> list[str]:

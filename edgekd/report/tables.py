@@ -178,18 +178,10 @@ def budgets(document: Document) -> Table | Absent:
 def ladder(document: Document) -> Table:
     """Accuracy and cost at every step from the teacher to the device; every rung is named, measured or not."""
     teacher = document.row("teacher")
-    rows = tuple(_ladder_row(document.metric, rung, document.row(rung), teacher) for rung in RUNGS)
-    columns = (
-        "Rung",
-        document.metric.title,
-        "95% interval",
-        "To teacher",
-        "Agreement",
-        "Samples",
-        "Size",
-        "Params",
-        "MACs",
-    )
+    also = tuple(dict.fromkeys(label for row in document.ladder for label in row.also))
+    rows = tuple(_ladder_row(document.metric, rung, document.row(rung), teacher, also) for rung in RUNGS)
+    costs = ("Samples", "Size", "Params", "MACs")
+    columns = ("Rung", document.metric.title, "95% interval", "To teacher", "Agreement", *costs, *also)
     notes = (
         f"To teacher: {document.metric.label} minus the teacher's"
         + (", in percentage points. " if document.metric.share else ". ")
@@ -218,7 +210,9 @@ def ladder_reading(document: Document) -> list[str]:
     ]
 
 
-def _ladder_row(metric: Metric, rung: str, row: LadderRow | None, teacher: LadderRow | None) -> Row:
+def _ladder_row(
+    metric: Metric, rung: str, row: LadderRow | None, teacher: LadderRow | None, also: tuple[str, ...]
+) -> Row:
     label = RUNG_LABELS[rung]
     if row is None or row.score is None or row.ci95 is None or row.n is None:
         return Row((label,), reason=(row and row.reason) or NO_SUCH_RUNG)
@@ -234,6 +228,7 @@ def _ladder_row(metric: Metric, rung: str, row: LadderRow | None, teacher: Ladde
         _or_dash(row.size_bytes, size),
         _or_dash(row.params, count),
         _or_dash(row.macs, count),
+        *(percent(row.also[label]) if label in row.also else DASH for label in also),
     )
     return Row(cells, strong=rung in ("teacher", "device"))
 

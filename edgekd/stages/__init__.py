@@ -6,6 +6,7 @@ torch is imported inside the stages that train or export: planning and reporting
 
 from edgekd.stages.attacking import attack
 from edgekd.stages.building import build
+from edgekd.stages.corrupting import corrupt
 from edgekd.stages.deploying import bench, engine
 from edgekd.stages.exporting import onnx, quantize
 from edgekd.stages.job import CURVES, ENGINE, LABELS, LOGITS, MODEL, WEIGHTS, Inputs, Job
@@ -14,7 +15,7 @@ from edgekd.stages.spreading import parts
 from edgekd.stages.training import finetune, finetuning, scratch, student, teacher
 
 __all__ = [
-    "ARCHIVE", "CURVES", "ENGINE", "LABELS", "LOGITS", "MODEL", "WEIGHTS", "Inputs", "Job", "attack", "bench", "build",
-    "code_sha256", "engine", "finetune", "finetuning", "onnx", "pack", "parts", "quantize", "scratch", "student",
-    "teacher",
+    "ARCHIVE", "CURVES", "ENGINE", "LABELS", "LOGITS", "MODEL", "WEIGHTS", "Inputs", "Job", "attack", "bench",
+    "build", "code_sha256", "corrupt", "engine", "finetune", "finetuning", "onnx", "pack", "parts", "quantize",
+    "scratch", "student", "teacher",
 ]  # fmt: skip

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +165,8 @@ def _metadata(job: Job, subject: str, artifact: Artifact) -> dict[str, Any]:
         "task": f"image-{job.task.name}",
         "class_names": list(dataset.class_names),
         **job.task.about_outputs(),
-        "input_size": list(astuple(dataset.shape)),
-        "input_layout": "NCHW",
+        "input_size": list(dataset.shape.dimensions),
+        "input_layout": "NCDHW" if dataset.shape.depth else "NCHW",
         "preprocessing": "(pixel / 255 - mean) / std",
         "mean": list(dataset.mean),
         "std": list(dataset.std),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +167,7 @@ def _network_result(
     np.save(out / LABELS, dataset.test.labels)
     about = {"network": part.network, "options": by_content(part.options), "activation": part.activation}
     about |= {"structure": structure} if structure else {}
-    shape = {"shape": list(astuple(dataset.shape)), "outputs": list(dataset.outputs)}
+    shape = {"shape": list(dataset.shape.dimensions), "outputs": list(dataset.outputs)}
     networks.save_weights(network, out / WEIGHTS, {**about, **shape})
     x = dataset.normalize(dataset.val.images[: distill.evaluation_batch(dataset)])
     inputs = activations.input_histograms(network, torch.from_numpy(x).to(next(network.parameters()).device))

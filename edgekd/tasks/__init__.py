@@ -83,8 +83,9 @@ class Task(ABC):
 
     name: ClassVar[str]
     metric: Metric
-    # What one of the class names stands for, and how two networks agree: for readers.
-    names_are: ClassVar[str] = "classes"
+    # How far two networks agree, for readers.
+    # Whether labels and answers are maps on the pixels, which move with the image.
+    per_pixel: ClassVar[bool] = False
     agree: ClassVar[str]
 
     @property
@@ -152,6 +153,11 @@ class Task(ABC):
     def agreement(self, first: Array, second: Array) -> float:
         """From 0 to 1, how far two networks give the same answers [N, ...] for the same samples."""
 
+    def also(self, outputs: Array, labels: Array) -> dict[str, float]:
+        """Other measures of the same answers that readers know, by label; no choice is made by them."""
+        del outputs, labels
+        return {}
+
     def by_class(self, outputs: Array, labels: Array, names: tuple[str, ...]) -> list[tuple[int, float | None]]:
         """For each class how many samples it has and its score, None without samples; empty without classes."""
         del outputs, labels, names
@@ -170,8 +176,8 @@ class Task(ABC):
         return {}
 
     def described(self) -> dict[str, Any]:
-        """What a manifest says of the task: metric, task, agree and names_are."""
-        return {"task": self.choice, "metric": asdict(self.metric), "agree": self.agree, "names_are": self.names_are}
+        """What a manifest says of it: task, metric, agree."""
+        return {"task": self.choice, "metric": asdict(self.metric), "agree": self.agree}
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,7 +79,7 @@ def samples():
 
 def null_engine(folder):
     folder.mkdir()
-    settings = {"backend": "null", "threads": 1, "image": [3, 8, 8], "classes": 5, "latency_ms": 1.0}
+    settings = {"backend": "null", "threads": 1, "image": [3, 8, 8], "answer": [5], "latency_ms": 1.0}
     backends.write_settings(folder, settings)
     return Engine(folder.name, folder, Null.runner, "null")
 

@@ -43,7 +43,7 @@ def measure(url, folder, **options):
     engines = []
     for name, latency_ms in (("a", 0.2), ("b", 0.6)):
         (folder / name).mkdir(exist_ok=True)
-        settings = {"backend": "null", "threads": 1, "image": [1, 4, 4], "classes": 3, "latency_ms": latency_ms}
+        settings = {"backend": "null", "threads": 1, "image": [1, 4, 4], "answer": [3], "latency_ms": latency_ms}
         write_settings(folder / name, settings)
         engines.append(Engine(name, folder / name, Null.runner, "null"))
     samples, judge = np.zeros((12, 1, 4, 4), np.float32), Judge(Classification(), np.arange(12) % 3, (3,))

@@ -13,6 +13,7 @@ from edgekd.data import Shape
 from edgekd.methods import CLASSIFICATION, Method, Setting, Step
 from edgekd.tasks import Task
 from edgekd.tasks.classification import Classification
+from edgekd.tasks.embedding import Embedding
 from edgekd.tasks.regression import Regression
 
 B, K, N = 12, 5, 40
@@ -47,13 +48,14 @@ def pair(method: str = "") -> tuple[nn.Module, nn.Module]:
 
 def task_of(method: Method) -> Task:
     """One that the method learns: classification, wherever it does."""
-    classes = method.tasks is None or "classification" in method.tasks
-    return Classification() if classes else Regression(center=0.0, scale=1.0)
+    if method.tasks is None or "classification" in method.tasks:
+        return Classification()
+    return Embedding(dimension=K) if "embedding" in method.tasks else Regression(center=0.0, scale=1.0)
 
 
 def labels_of(task: Task) -> torch.Tensor:
     """Of all N samples, for K outputs."""
-    if isinstance(task, Classification):
+    if isinstance(task, Classification | Embedding):
         return torch.arange(N) % K
     return torch.randn(N, K, generator=torch.Generator().manual_seed(5))
 

@@ -18,14 +18,20 @@ from edgekd.recipe import Augment, Train
 METHODS = registry.names("method")
 
 
-TARGETS = {"classification": "class", "regression": "slant"}
+SOURCES = {
+    "classification": ({}, None),
+    "regression": ({"target": "slant"}, None),
+    "embedding": ({}, {"embedding": {"dimension": 6}}),
+}
 
 
 @pytest.fixture(scope="module")
 def digits() -> dict[str, Dataset]:
     """By task."""
-    limits = {"train_limit": 60, "test_limit": 20}
-    sets = {task: data.load("digits", {"target": target}, **limits) for task, target in TARGETS.items()}
+    sets = {
+        name: data.load("digits", options, task=task, train_limit=60, test_limit=20)
+        for name, (options, task) in SOURCES.items()
+    }
     return sets | {"classification": data.with_target(sets["classification"], "digits", {})}
 
 

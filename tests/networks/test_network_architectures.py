@@ -124,14 +124,14 @@ def test_every_network_trains_every_parameter_and_gives_logits(name, shape):
         assert parameter.grad.any() or parameter.ndim == 1, key
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PLAIN_NETWORKS)
 def test_every_network_grows_with_its_width(name):
     shape = Shape(1, 8, 8)
     counts = [count_params(made(name, shape, width=width)) for width in (0.25, 0.5, 1.0, 1.5)]
     assert counts == sorted(set(counts))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PLAIN_NETWORKS)
 def test_every_network_depends_on_its_seed_alone(name):
     shape = Shape(1, 8, 8)
     torch.manual_seed(5)
@@ -143,7 +143,7 @@ def test_every_network_depends_on_its_seed_alone(name):
     assert not torch.equal(next(one.parameters()), next(other.parameters()))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PLAIN_NETWORKS)
 def test_every_network_starts_with_he_initialisation(name):
     network = made(name, CIFAR)
     convs = [module for module in network.modules() if isinstance(module, nn.Conv2d) and module.weight.numel() > 5000]
@@ -153,7 +153,7 @@ def test_every_network_starts_with_he_initialisation(name):
         assert conv.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", PLAIN_NETWORKS)
 @pytest.mark.parametrize("width", [0.0, -1.0, 1e9])
 def test_a_width_that_makes_no_network_is_refused(name, width):
     with pytest.raises(RecipeError) as caught:

@@ -12,7 +12,10 @@ from edgekd import registry
 from edgekd.tasks import Array, Task
 
 N = 40
-OPTIONS: dict[str, dict[str, Any]] = {"regression": {"unit": "years", "low": 0.0, "high": 100.0}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "regression": {"unit": "years", "low": 0.0, "high": 100.0},
+    "embedding": {"dimension": 4},
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,15 @@ class Read:
         return f"data.npz: images[{i}]"
 
 
+def _masks() -> Array:
+    """One square of class 1 to 3 per sample, somewhere; a column that does not count."""
+    labels = np.zeros((N, 6, 6), np.int64)
+    for i in range(N):
+        labels[i, i % 4 : i % 4 + 3, i % 3 : i % 3 + 2] = 1 + i % 3
+        labels[i, :, 5] = 255
+    return labels
+
+
 def read(name: str) -> Read:
     """A part whose labels are for the task of that name, as a source reads them."""
     rng = np.random.default_rng(0)
@@ -34,6 +46,8 @@ def read(name: str) -> Read:
     labels: dict[str, Array] = {
         "classification": np.arange(N) % 4,
         "regression": rng.uniform(10, 90, N),
+        "segmentation": _masks(),
+        "embedding": np.arange(N) % 4,
     }
     return Read(images, labels[name])
 
@@ -52,4 +66,9 @@ def right_answers(task: Task, labels: Array, names: tuple[str, ...]) -> Array:
     """What a network without fault answers."""
     if task.name == "regression":
         return labels.copy()
-    return np.eye(len(names), dtype=np.float32)[labels]
+    if task.name == "segmentation":
+        return 9 * np.moveaxis(np.eye(len(names), dtype=np.float32)[np.where(labels == 255, 0, labels)], -1, 1)
+    corners = np.eye(len(names), dtype=np.float32)[labels]
+    if task.name == "embedding":  # no two points are equally far from a third
+        return corners + np.random.default_rng(1).normal(0, 0.01, corners.shape).astype(np.float32)
+    return corners

@@ -42,12 +42,12 @@ class Null(Backend):
     def compile(self, onnx: Path, out: Path, *, threads: int) -> dict[str, Any]:
         """Keep the shapes of the model's input and output, and nothing else."""
         self.require()
-        image, classes = _shapes(onnx)
+        image, answer = _shapes(onnx)
         settings = {
             "backend": self.name,
             "threads": threads,
             "image": image,
-            "classes": classes,
+            "answer": answer,
             "latency_ms": self.latency_ms,
         }
         write_settings(out, settings)
@@ -57,8 +57,8 @@ class Null(Backend):
         return facts
 
 
-def _shapes(path: Path) -> tuple[list[int], int]:
-    """(C, H, W) of the input and K of the output."""
+def _shapes(path: Path) -> tuple[list[int], list[int]]:
+    """[C, H, W] of the input and [K] of the output, or [K, H, W] of maps."""
     import onnx
 
     try:
@@ -74,10 +74,10 @@ def _shapes(path: Path) -> tuple[list[int], int]:
             allowed="expected: a model of edgekd export",
             fix="export the model again",
         ) from error
-    if len(image) != 4 or len(logits) != 2 or 0 in (*image[1:], logits[1]):
+    if len(image) < 4 or len(logits) < 2 or 0 in (*image[1:], *logits[1:]):
         raise StageError(
             f"{path} goes from {image} to {logits}",
             allowed="from [B, C, H, W] to [B, K] with only B left open",
             fix="export with a fixed image size",
         )
-    return image[1:], logits[1]
+    return image[1:], logits[1:]

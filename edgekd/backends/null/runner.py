@@ -15,7 +15,7 @@ class Runner:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._image = tuple(settings["image"])
-        self._classes = settings["classes"]
+        self._answer = tuple(settings["answer"])
         self._wait_ns = int(settings["latency_ms"] * 1e6)
         self.facts = {
             "runtime": "null",
@@ -29,11 +29,11 @@ class Runner:
         until = time.perf_counter_ns() + self._wait_ns
         if x.shape[1:] != self._image or x.dtype != np.float32:
             raise ValueError(
-                "the model takes float32 [B, {}, {}, {}], not {} {}".format(*self._image, x.dtype, list(x.shape))
+                "the model takes float32 {}, not {} {}".format(["B", *self._image], x.dtype, list(x.shape))
             )
         while time.perf_counter_ns() < until:
             pass
-        return np.zeros((len(x), self._classes), np.float32)
+        return np.zeros((len(x), *self._answer), np.float32)
 
 
 def load(folder: str) -> Runner:

@@ -24,7 +24,9 @@ class npz:
     """A NumPy archive with x_train, y_train, x_test, y_test, or train_images, train_labels, ..., or images, labels.
 
     Images are [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3 (when both fit, C comes last): uint8, other
-    integers in 0..255, or floats in 0..1. Labels are integers [N] or [N, 1]. A val part is used when there is one.
+    integers in 0..255, or floats in 0..1; volumes have a depth before H, and a channel. Labels
+    are what the task wants: classes [N] or [N, 1], unless data.task says otherwise. A val part is used when there is
+    one.
     """
 
     def __init__(self, *, path: Path) -> None:
@@ -77,15 +79,15 @@ def _part(arrays: Mapping[str, npt.NDArray[Any]], part: SplitName, file: Path) -
 
 
 def _images(array: npt.NDArray[Any], where: str) -> Images:
-    """Any of the accepted layouts and types to uint8 [N, C, H, W]."""
+    """Any of the accepted layouts and types to uint8 [N, C, H, W] or [N, C, D, H, W]."""
     if array.ndim == 3:
         array = array[:, None]
-    elif array.ndim == 4 and array.shape[3] in (1, 3):
-        array = array.transpose(0, 3, 1, 2)
-    if array.ndim != 4 or array.shape[1] not in (1, 3):
+    elif array.ndim in (4, 5) and array.shape[-1] in (1, 3):
+        array = np.moveaxis(array, -1, 1)
+    if array.ndim not in (4, 5) or array.shape[1] not in (1, 3):
         raise DataError(
             f"{where} has shape {list(array.shape)}",
-            allowed="expected: [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3",
+            allowed="expected: [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3; for volumes D before H",
             fix="save the images in one of these shapes",
         )
     if array.dtype.kind == "f":
@@ -100,7 +102,7 @@ def _images(array: npt.NDArray[Any], where: str) -> Images:
 
 
 def _from_floats(array: npt.NDArray[Any], where: str) -> Images:
-    finite = np.isfinite(array).all(axis=(1, 2, 3))
+    finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
     if not finite.all():
         first = int(np.flatnonzero(~finite)[0])
         raise DataError(

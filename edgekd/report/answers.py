@@ -1,0 +1,39 @@
+"""The part of report.json about single answers where the task is not classification, which has its confusion matrix."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from edgekd.report.part import Count, Part
+
+
+class ClassScores(Part):
+    """The score of each class on the test samples that have it, None without any; `n` of them."""
+
+    names: list[str] = Field(min_length=1)
+    n: list[Count]
+    student: list[float | None]
+    teacher: list[float | None]
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if not len(self.names) == len(self.n) == len(self.student) == len(self.teacher):
+            raise ValueError("answers: names, n, student and teacher differ in length")
+        return self
+
+
+class Estimates(Part):
+    """True and estimated values of some test samples, by what they are called; in the metric's unit."""
+
+    name: str
+    true: list[float] = Field(min_length=1)
+    student: list[float]
+    teacher: list[float]
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if not len(self.true) == len(self.student) == len(self.teacher):
+            raise ValueError("answers: true, student and teacher differ in length")
+        return self
