@@ -177,7 +177,7 @@ def test_an_override_that_is_not_yaml():
             "fix:   write distill.method, or see: edgekd list methods"]),
         (("distill:", "distil:"), [
             "error: edgekd.yaml:11: distil is not a known key",
-            "       known: attack, benchmark, budgets, data, description, distill, export, name, quantize,"
+            "       known: attack, benchmark, budgets, corruptions, data, description, distill, export, name, quantize,"
             ' schema_version, seed, student, teacher   (closest: "distill")',
             "fix:   write distill, or see: edgekd schema"]),
         (("epochs: 5", "epocs: 5"), [
