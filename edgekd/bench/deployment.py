@@ -165,7 +165,7 @@ def _failure(finished: Finished, url: str) -> StageError:
     elif "disk is full" in what:
         fix = "free some space there, and run it again: finished launches are kept for an hour"
         return DiskFull(f'benchmark on "{url}": {what}', allowed=last_lines(lines) if lines else "", fix=fix)
-    elif "sign" in what:
+    elif "bundle is" in what:
         fix = "sign it: --device 'ssh://...?signing_key=~/.ssh/id_ed25519', by a key that the board's owner has listed"
     elif "sha256" in what:
         fix = "send it again: edgekd bench"

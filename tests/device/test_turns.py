@@ -29,7 +29,7 @@ with Device(sys.argv[1], Path(sys.argv[2])).reserved(print):
 """
 
 
-@pytest.fixture(params=registry.names("transport"))
+@pytest.fixture(params=[name for name in registry.names("transport") if name != "kit"])
 def url(request):
     if request.param == "local":
         return f"local:?python={sys.executable}"
