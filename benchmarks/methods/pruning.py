@@ -104,7 +104,7 @@ def unhealed(student: nn.Module, dataset: Dataset) -> dict[str, float]:
     whole = networks.count_macs(student, dataset.shape)
     by_components = copy.deepcopy(student)
     method = registry.create("method", "decorrelated_prune", options={"macs": 0.5})
-    method.attach(by_components, None, Setting(example, y, dataset.num_classes, mean, std, 1))
+    method.attach(by_components, None, Setting(example, y, dataset.num_classes, mean, std, 1, lambda n: x[:n]))
     step = Step(x, y, progress=0.5, student=by_components, teacher=lambda: student(x))
     method(step)
     method.constrain(by_components, step_size=0.0, progress=0.5)
@@ -146,7 +146,9 @@ def latencies() -> list[dict[str, Any]]:
                 groups.scale(student, groups.strongest(groups.strength(student), 0.5))
             elif name == "half of the multiplications":
                 method = registry.create("method", "decorrelated_prune", options={"macs": 0.5})
-                setting = Setting(x[:2], torch.zeros(8).long(), 10, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), 1)
+                setting = Setting(
+                    x[:2], torch.zeros(8).long(), 10, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), 1, lambda n: x[:n]
+                )
                 method.attach(student, None, setting)
                 method(
                     Step(x, torch.zeros(8).long(), progress=0.5, student=student, teacher=lambda: torch.zeros(8, 10))
