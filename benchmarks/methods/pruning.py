@@ -59,7 +59,10 @@ def main() -> None:
     given = parser.parse_args()
     if given.report:
         lines = [json.loads(line) for file in given.report for line in file.read_text(encoding="utf-8").splitlines()]
-        write_section("methods_pruning", "Pruned students", report(lines))
+        if timed := [line for line in lines if "latency" in line]:
+            write_section("smaller_networks", "What smaller networks are worth", speeds(timed))
+        if trained := [line for line in lines if "row" in line]:
+            write_section("methods_pruning", "Pruned students", accuracies(trained))
     elif given.latency:
         for line in latencies():
             print(json.dumps(line), flush=True)
@@ -184,31 +187,19 @@ def milliseconds(session: onnxruntime.InferenceSession, x: Any) -> float:
     return 1000 * min(durations)
 
 
-def report(lines: list[dict[str, Any]]) -> str:
+def accuracies(lines: list[dict[str, Any]]) -> str:
     trained = [line for line in lines if "score" in line]
     seeds = sorted({line["seed"] for line in trained})
     rows = []
     for name in ("teacher", *ROWS):
         found = [line for line in trained if line["row"] == name]
-        if found:
-            scores = [[line[key] for line in found] for key in ("score", "robust")]
-            sizes = [f"{statistics.mean(line[key] for line in found):,.0f}" for key in ("params", "macs")]
-            rows.append(
-                [name, *(f"{statistics.mean(one):.1f} ± {statistics.stdev(one):.1f}" for one in scores), *sizes]
-            )
-    right_after = {
-        kind: [line["unhealed"] for line in lines if line["row"] == f"unhealed, {kind}"]
-        for kind in ("components", "channels")
-        for lines in [[line for line in lines if "unhealed" in line]]
-    }
-    said = [f"{kind} {statistics.mean(one):.1f} ± {statistics.stdev(one):.1f}" for kind, one in right_after.items()]
-    timed = [line for line in lines if "latency" in line]
-    whole = timed[0]
-    measured = [
-        [line["latency"], f"{line['params']:,}", f"{line['macs'] / whole['macs']:.2f}", f"{line['bytes']:,}",
-         f"{line['ms']:.2f}", spread(line)]
-        for line in timed
-    ]  # fmt: skip
+        scores = [[line[key] for line in found] for key in ("score", "robust")]
+        sizes = [f"{statistics.mean(line[key] for line in found):,.0f}" for key in ("params", "macs")]
+        rows.append([name, *(f"{statistics.mean(one):.1f} ± {statistics.stdev(one):.1f}" for one in scores), *sizes])
+    said = []
+    for kind in ("components", "channels"):
+        scores_after = [line["unhealed"] for line in lines if line["row"] == f"unhealed, {kind}"]
+        said.append(f"{kind} {statistics.mean(scores_after):.1f} ± {statistics.stdev(scores_after):.1f}")
     return (
         f"Test accuracy in percent, mean ± standard deviation over {len(seeds)} seeds. Students are ResNet-8 of half"
         f" the width, or a quarter where the row says half, trained for {EPOCHS} epochs on {IMAGES} images by a"
@@ -217,10 +208,21 @@ def report(lines: list[dict[str, Any]]) -> str:
         + table(["method", "accuracy", "under attack", "parameters", "MACs"], rows)
         + "\n\nRight after half of the multiply-accumulates of the student `kd` are gone, without training on, with the"
         f" statistics of batch normalisation measured anew: {'; '.join(said)}.\n\n"
-        f"ResNet-20 on 32x32 in ONNX Runtime, one thread, in turns; the ratio's median over {ROUNDS} rounds, and its"
-        " 10th and 90th percentile:\n\n"
-        + table(["network", "parameters", "MACs, ratio", "ONNX, bytes", "ms", "latency, ratio"], measured)
-        + "\n\nMade by `benchmarks/methods/pruning.py`."
+        "Made by `benchmarks/methods/pruning.py`."
+    )
+
+
+def speeds(lines: list[dict[str, Any]]) -> str:
+    rows = [
+        [line["latency"], f"{line['params']:,}", f"{line['macs'] / lines[0]['macs']:.2f}", f"{line['bytes']:,}",
+         f"{line['ms']:.2f}", spread(line)]
+        for line in lines
+    ]  # fmt: skip
+    return (
+        "ResNet-20 on 32x32 in ONNX Runtime, one thread, the networks in turns; the ratio's median over"
+        f" {ROUNDS} rounds, with its 10th and 90th percentile:\n\n"
+        + table(["network", "parameters", "MACs, ratio", "ONNX, bytes", "ms", "latency, ratio"], rows)
+        + "\n\nMade by `benchmarks/methods/pruning.py --latency`."
     )
 
 
