@@ -59,10 +59,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.report:
         lines = [json.loads(line) for file in given.report for line in file.read_text(encoding="utf-8").splitlines()]
-        if timed := [line for line in lines if "latency" in line]:
-            write_section("smaller_networks", "What smaller networks are worth", speeds(timed))
-        if trained := [line for line in lines if "row" in line]:
-            write_section("methods_pruning", "Pruned students", accuracies(trained))
+        timed, trained = ([line for line in lines if key in line] for key in ("latency", "row"))
+        made = "Made by `benchmarks/methods/pruning.py`."
+        write_section("methods_pruning", "Pruned students", f"{accuracies(trained)}\n\n{speeds(timed)}\n\n{made}")
     elif given.latency:
         for line in latencies():
             print(json.dumps(line), flush=True)
@@ -207,8 +206,7 @@ def accuracies(lines: list[dict[str, Any]]) -> str:
         " steps. Parameters and multiply-accumulates are those of the network that is exported.\n\n"
         + table(["method", "accuracy", "under attack", "parameters", "MACs"], rows)
         + "\n\nRight after half of the multiply-accumulates of the student `kd` are gone, without training on, with the"
-        f" statistics of batch normalisation measured anew: {'; '.join(said)}.\n\n"
-        "Made by `benchmarks/methods/pruning.py`."
+        f" statistics of batch normalisation measured anew: {'; '.join(said)}."
     )
 
 
@@ -222,7 +220,6 @@ def speeds(lines: list[dict[str, Any]]) -> str:
         "ResNet-20 on 32x32 in ONNX Runtime, one thread, the networks in turns; the ratio's median over"
         f" {ROUNDS} rounds, with its 10th and 90th percentile:\n\n"
         + table(["network", "parameters", "MACs, ratio", "ONNX, bytes", "ms", "latency, ratio"], rows)
-        + "\n\nMade by `benchmarks/methods/pruning.py --latency`."
     )
 
 
