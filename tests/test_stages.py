@@ -216,7 +216,7 @@ def test_a_graph_that_onnx_runtime_cannot_run(artifacts, tmp_path, monkeypatch):
     def run(images):
         raise RuntimeError("Non-zero status code returned while running Reshape node.\nand more")
 
-    monkeypatch.setattr(exporting, "_reference", lambda model, work, threads: run)
+    monkeypatch.setattr(exporting, "reference", lambda model, work, threads: run)
     with pytest.raises(ExportError) as caught:
         stages.onnx("student", make_job(tmp_path / "store"), artifacts, tmp_path / "out", tmp_path / "work")
     assert str(caught.value) == (
