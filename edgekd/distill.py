@@ -199,7 +199,7 @@ class _Run:
         attach(method, network, self.teacher, dataset, spec)
         self.method = method.to(self.device)
         smallest = min(spec.batch_size, len(dataset.train) // self.accelerator.num_processes)
-        _check_batch_norm(nn.ModuleList([network, method]), smallest)
+        check_batch_norm(nn.ModuleList([network, method]), smallest)
         self.logits = None
         # A table holds logits alone: a teacher whose features are wanted has to compute.
         if (
@@ -268,7 +268,7 @@ class _Run:
         if self.spec.clip:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.spec.clip)
         metric = self.dataset.task.metric
-        gains = [metric.gain(metrics["val_score"]) for metrics in self.history]
+        gains = [metric.gain(metrics["val_score"]) for metrics in self.history if "val_score" in metrics]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.spec, update, self.spec.epochs * self.updates, gains)
         for optimizer in (self.optimizer, *self.adversaries):
@@ -297,21 +297,21 @@ class _Run:
         """Validate, remember the best weights, log, and save."""
         self._look()
         network = self._evaluated()
-        score, loss = self._validate(network)
+        validated = {} if "val" in self.dataset.stand_ins else self._validate(network)
         metrics = {
             "epoch": self.epoch + 1,
             **{f"train_{name}": float(value) / len(self.batches) for name, value in self.sums.items()},
-            "val_score": score,
-            "val_loss": loss,
+            **validated,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(time.monotonic() - self.epoch_started, 3),
         }
         self.history.append(metrics)
         self.epoch, self.position, self.sums, self.epoch_started = self.epoch + 1, 0, {}, time.monotonic()
-        goodness = self.dataset.task.metric.goodness(score)
         ready = self.epoch >= self.spec.epochs * self.method.ready
-        if self.spec.keep == "best" and ready and (self.best is None or goodness >= self.best[0]):
-            self.best = goodness, self.epoch, {name: value.clone() for name, value in network.state_dict().items()}
+        if self.spec.keep == "best" and validated and ready:
+            goodness = self.dataset.task.metric.goodness(validated["val_score"])
+            if self.best is None or goodness >= self.best[0]:
+                self.best = goodness, self.epoch, {name: value.clone() for name, value in network.state_dict().items()}
         if self.log is not None:
             self.log.add(metrics)
         if self.epoch == self.spec.epochs or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
@@ -324,8 +324,8 @@ class _Run:
             accelerate.utils.broadcast(buffer)  # each process has its own statistics of batch normalisation
         return network
 
-    def _validate(self, network: nn.Module) -> tuple[float, float]:
-        """Score and loss on the validation split; the processes share out its images and put the answers together."""
+    def _validate(self, network: nn.Module) -> dict[str, float]:
+        """{val_score, val_loss} on the validation split; the processes share its images and exchange their answers."""
         val, task = self.dataset.val, self.dataset.task
         mine = np.arange(self.rank, len(val), self.accelerator.num_processes)
         outputs = torch.zeros(len(val), *self.dataset.outputs)
@@ -335,7 +335,7 @@ class _Run:
         loss = float(task.loss(outputs, torch.from_numpy(val.labels)))
         if not math.isfinite(loss):
             raise self._diverged(f"by step {self.done}", f"val_loss is {loss}")
-        return task.score(outputs.numpy(), val.labels), loss
+        return {"val_score": task.score(outputs.numpy(), val.labels), "val_loss": loss}
 
     def _diverged(self, when: str, what: str) -> StageError:
         saved = f"the last good checkpoint stays in {self.work}", "no checkpoint was written before it"
@@ -427,7 +427,8 @@ def _seed_random(device: torch.device, *position: object) -> None:
         torch.get_device_module(device).manual_seed(number)
 
 
-def _check_batch_norm(network: nn.Module, batch_size: int) -> None:
+def check_batch_norm(network: nn.Module, batch_size: int) -> None:
+    """Raise StageError when batch normalisation would see a single sample."""
     if batch_size == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         raise StageError(
             "the network has batch normalisation, which learns nothing from a batch of one sample",

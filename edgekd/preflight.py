@@ -36,6 +36,8 @@ def check_device(job: Job) -> Device:
 def check(job: Job, to_make: Collection[str]) -> None:
     """Find what would fail late in the stages `to_make` before anything is trained: method, networks, backend."""
     _check_budget(job)
+    if not job.has_images:
+        _check_without_images(job, to_make)
     if job.recipe.corruptions is not None:
         for kind in job.recipe.corruptions.kinds:
             registry.entry("corruption", kind, "corruptions.kinds")
@@ -114,9 +116,40 @@ def _check_budget(job: Job) -> None:
         )
 
 
+def _check_without_images(job: Job, to_make: Collection[str]) -> None:
+    """What asks for images where the recipe has none, and no test images either."""
+    recipe, source = job.recipe, job.recipe.data.source
+    if "teacher" in to_make and recipe.teacher.checkpoint is None:
+        raise RecipeError(
+            f"the teacher cannot be trained: data.source = {source} has no images",
+            allowed="expected: a teacher that was trained elsewhere",
+            fix="--set teacher.checkpoint=FILE",
+            key="teacher.network",
+        )
+    if "quantize" in to_make or "finetune" in to_make:
+        raise RecipeError(
+            f"quantize.method = {recipe.quantize.method} needs images, and data.source = {source} has none",
+            allowed="expected: none, where there is nothing to measure ranges on",
+            fix="--set quantize.method=none",
+            key="quantize.method",
+        )
+    for asked in {"attack", "corruptions"} & set(to_make):
+        if not job.has_test:
+            raise RecipeError(
+                f"{asked} needs test images, and data.source = {source} names none",
+                allowed="expected: data.test, {NAME: {option: value}}",
+                fix=f"set {asked} = null, or name test images",
+                key=asked,
+            )
+
+
 def _check_method(job: Job, built: Mapping[str, nn.Module], spec: Train, *, finetuning: bool = False) -> Method:
+    from torch import nn
+
+    from edgekd import distill
     from edgekd.methods import attachment
 
     method = job.method(finetuning=finetuning)
     attachment.attach(method, built["student"], built["teacher"], job.dataset, spec)
+    distill.check_batch_norm(nn.ModuleList([built["student"], method]), min(spec.batch_size, len(job.dataset.train)))
     return method

@@ -168,7 +168,7 @@ def _builds_there(job: Job) -> bool:
 # `inputs` names all stages that it may read: those that a job does not want are not there.
 TABLE: tuple[Stage, ...] = (
     Stage("teacher", stages.teacher, _teacher, trains=True),
-    Stage("scratch", stages.scratch, _scratch, wanted=lambda job: job.recipe.distill.scratch, trains=True),
+    Stage("scratch", stages.scratch, _scratch, wanted=lambda job: job.has_baseline, trains=True),
     Stage("student", stages.student, _student, ("teacher",), trains=True),
     Stage("attack", stages.attack, _attack, ("teacher", "scratch", "student"), wanted=_attacks),
     Stage("parts", stages.parts, partial(_onnx, "student"), ("student",), wanted=_spreads),

@@ -11,7 +11,9 @@ from edgekd.registry import KINDS
 
 ENTRIES = [pytest.param(entry, id=f"{kind}-{entry.name}") for kind in KINDS for entry in registry.entries(kind)]
 # A value for options that have no default, by their type; text for all others.
-SAMPLES = {"list of method": ["kd"], "list of int": [1], "network": "resnet", "list of network": ["resnet"]}
+SAMPLES = {
+    "list of method": ["kd"], "list of int": [1], "network": "resnet", "list of network": ["resnet"], "int": 8,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

@@ -79,6 +79,7 @@ class Dataset:
 
     class_names: of the classes, or of whatever the task has in their place. target: where the student will be used.
     `notes` tell what the user did not ask for but should know: a test share carved out, images that occur twice.
+    stand_ins: the splits that hold noise in place of images, and labels that mean nothing.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     task: Task = field(default_factory=Classification)
     target: Domain | None = None
+    stand_ins: frozenset[SplitName] = frozenset()
 
     @property
     def num_classes(self) -> int:
@@ -151,7 +153,8 @@ class Part:
 class RawData:
     """What a source reads, and what for: `task`, unless the recipe names another one.
 
-    `class_names` is empty when the source has none: they are then "0", "1", ...
+    noise: there are no images to learn from, and the training part is noise whose labels mean nothing. `class_names` is
+    empty when the source has none: they are then "0", "1", ...
     """
 
     train: Part
@@ -160,6 +163,7 @@ class RawData:
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     task: TaskChoice = "classification"
+    noise: bool = False
 
 
 class Source(Protocol):

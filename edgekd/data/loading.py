@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from edgekd import registry
 from edgekd.data.checks import checked
-from edgekd.data.dataset import Dataset, Domain, Images, Source, Split, TaskChoice
+from edgekd.data.dataset import Dataset, Domain, Images, Source, Split, SplitName, TaskChoice
 from edgekd.errors import DataError, MissingError, RecipeError
 from edgekd.recipe import checked_choice
 from edgekd.tasks import Task
@@ -30,7 +30,10 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A source's parts, checked; the test part is there whether the source has one or not. `file` is that of train."""
+    """A source's parts, checked; the test part is there whether the source has one or not. `file` is that of train.
+
+    stand_ins: see `Dataset`.
+    """
 
     file: Path
     train: Split
@@ -39,6 +42,7 @@ class Parts:
     class_names: tuple[str, ...]
     notes: tuple[str, ...]
     task: Task
+    stand_ins: frozenset[SplitName] = frozenset()
 
 
 def load(
@@ -84,9 +88,18 @@ def load(
     else:
         val = parts.val
     channels = train.images.shape[1]
+    if parts.stand_ins and normalize is None:
+        raise RecipeError(
+            "data.normalize is missing, and there is no image to measure it on",
+            allowed="expected: the mean and std that the teacher was trained with",
+            fix=f"with its numbers: --set 'data.normalize={{mean: {[0.5] * channels}, std: {[0.5] * channels}}}'",
+            key="data.normalize",
+        )
     mean, std = _statistics(train.images, parts.file) if normalize is None else _given(normalize, channels)
     train, val = replace(train, encoded=()), replace(val, encoded=())  # the test images' alone are asked for
-    return Dataset(source, train, val, test, parts.class_names, mean, std, parts.notes, parts.task)
+    return Dataset(
+        source, train, val, test, parts.class_names, mean, std, parts.notes, parts.task, stand_ins=parts.stand_ins
+    )
 
 
 def with_target(dataset: Dataset, source: str, options: Mapping[str, Any]) -> Dataset:
@@ -131,7 +144,8 @@ def read(source: str, options: Mapping[str, Any], task: TaskChoice | None = None
     if test is not None:
         if val is not None:
             notes.append(f"the source has a validation part: its {len(val)} samples are used, data.validation is not")
-        return Parts(raw.train.file, train, val, test, raw.class_names, tuple(notes), purpose)
+        stand_ins: frozenset[SplitName] = frozenset({"train", "val"} if raw.noise else ())
+        return Parts(raw.train.file, train, val, test, raw.class_names, tuple(notes), purpose, stand_ins)
     if val is not None:
         notes.append(f"the source has no test part: its validation part of {len(val)} samples serves as test")
         return Parts(raw.train.file, train, None, val, raw.class_names, tuple(notes), purpose)
@@ -142,6 +156,9 @@ def read(source: str, options: Mapping[str, Any], task: TaskChoice | None = None
             allowed="expected: more than one sample of at least one class, or a test part of its own",
             fix="give more samples",
         )
+    if raw.noise:
+        all_splits: frozenset[SplitName] = frozenset({"train", "val", "test"})
+        return Parts(raw.train.file, train[rest], None, train[carved], raw.class_names, raw.notes, purpose, all_splits)
     notes.append(f"the source has no test part: {len(carved)} of its {len(train)} samples are kept for test")
     return Parts(raw.train.file, train[rest], None, train[carved], raw.class_names, tuple(notes), purpose)
 
@@ -229,7 +246,7 @@ def fingerprint(source: str, options: Mapping[str, Any]) -> str:
     checked_options = found.validate(options, "data")
     made: Source = found.load()(**checked_options)
     files = sorted(made.files())
-    root = os.path.commonpath([file.parent for file in files])
+    root = os.path.commonpath([file.parent for file in files]) if files else ""
     content = {key: value for key, value in checked_options.items() if not isinstance(value, Path)}
     digest = hashlib.sha256(json.dumps([source, content], sort_keys=True).encode())
     for file in files:

@@ -31,6 +31,21 @@ def attach(method: Method, student: nn.Module, teacher: nn.Module | None, datase
             fix="--set 'data.target_domain={folder: {path: FOLDER}}', or another distill.method",
             key="data.target_domain",
         )
+    if method.needs_images and "train" in dataset.stand_ins:
+        makers = [entry.name for entry in registry.entries("method") if not getattr(entry.load(), "needs_images", True)]
+        raise RecipeError(
+            f"the method {type(method).__name__} learns from images, and data.source = {dataset.name} has none",
+            allowed=f"methods that make their own: {', '.join(makers)}",
+            fix=f"--set distill.method={makers[0]}, or name a data set",
+            key="distill.method",
+        )
+    if "val" in dataset.stand_ins and spec.schedule == "plateau":
+        raise RecipeError(
+            "train.schedule = plateau follows the validation split, and there are no images to validate on",
+            allowed="expected: constant, step or cosine",
+            fix="--set distill.train.schedule=cosine",
+            key="distill.train.schedule",
+        )
     device = next(student.parameters()).device
     _check_task(method, dataset)
     ones = [1] * (len(dataset.shape.dimensions) - 1)

@@ -35,6 +35,7 @@ class DFAD(Method):
     generator. generator_lr: learning rate of the generator's Adam.
     """
 
+    tasks = ("classification", "segmentation")
     needs_images = False
     uses_all_parameters = False  # the generator moves at the end of every turn
 

@@ -51,7 +51,7 @@ class SqueezedAdversarial(FeatureMethod):
     def __init__(
         self,
         *,
-        attention_weight: float | Schedule = 1.0,
+        attention_weight: float | Schedule = 0.1,
         adversarial_weight: float | Schedule = 0.1,
         kd_weight: float | Schedule = 0.7,
         ce_weight: float | Schedule = 0.3,
@@ -63,7 +63,7 @@ class SqueezedAdversarial(FeatureMethod):
         self.attention_weight, self.adversarial_weight = attention_weight, adversarial_weight
         self.kd_weight, self.ce_weight, self.temperature = kd_weight, ce_weight, temperature
         above_zero("temperature", temperature, 4)
-        at_least_zero("attention_weight", attention_weight, 1)
+        at_least_zero("attention_weight", attention_weight, 0.1)
         at_least_zero("adversarial_weight", adversarial_weight, 0.1)
         at_least_zero("kd_weight", kd_weight, 0.7)
         at_least_zero("ce_weight", ce_weight, 0.3)

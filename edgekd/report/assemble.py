@@ -46,6 +46,7 @@ from edgekd.tasks.regression import Regression
 Array = npt.NDArray[Any]
 Artifacts = Mapping[str, Artifact]
 NOT_BENCHED = Absent(reason="Not measured yet: edgekd bench.")
+UNSCORED = Absent(reason="There are no test images: the recipe's data are none, and name no test.")
 NOT_ASKED_FOR = "The recipe asks for no quantization."
 # From which artifact each rung takes its accuracy, and where its size is to be seen.
 SOURCES: dict[Rung, str] = {
@@ -83,12 +84,12 @@ def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Docume
         end_to_end=bench.result["end_to_end"] if bench else None,
         loadgen=bench.result.get("loadgen") if bench else None,
         training=_training(artifacts),
-        confusion=_confusion(task, artifacts),
-        answers=_answers_of_samples(task, artifacts),
+        confusion=_confusion(task, artifacts) if _scored(record) else UNSCORED,
+        answers=_answers_of_samples(task, artifacts) if _scored(record) else UNSCORED,
         activation=_activation(artifacts),
         quantization=_quantization(task, record, artifacts),
         engines=evidence.engines(artifacts),
-        evidence=evidence.claims(artifacts),
+        evidence=[one for one in evidence.claims(artifacts) if one.subject != "accuracy" or _scored(record)],
         telemetry=_telemetry(bench),
         environment=_environment(artifacts),
         artifacts=[_listed(stage, artifact) for stage, artifact in artifacts.items()],
@@ -107,6 +108,8 @@ def _row(task: Task, rung: Rung, record: Mapping[str, Any], artifacts: Artifacts
         found, size = result, result["size"]["bytes"]
     else:
         found, size = result, evidence.engine_size(artifacts) if rung == "engine" else result.get("size_bytes")
+    if not _scored(record):
+        return LadderRow(rung=rung, reason="no test images", size_bytes=size)
     if "score" not in found:
         return LadderRow(rung=rung, reason="runs on the device alone; see the row below", size_bytes=size)
     network = artifacts.get("scratch" if rung == "scratch" else "teacher" if rung == "teacher" else "student")
@@ -124,9 +127,17 @@ def _row(task: Task, rung: Rung, record: Mapping[str, Any], artifacts: Artifacts
 
 
 def _why_not(rung: Rung, recipe: Mapping[str, Any]) -> str:
+    if rung == "scratch" and recipe["data"]["source"] == "none":
+        return "no images to train on"
     if rung == "scratch" and not recipe["distill"]["scratch"]:
         return "switched off in the recipe"
     return NOT_ASKED_FOR if rung == "quantized" and not _quantizes(recipe) else "not made yet"
+
+
+def _scored(record: Mapping[str, Any]) -> bool:
+    """Whether the run has labelled test images."""
+    data = record["recipe"]["data"]
+    return data["source"] != "none" or data["test"] is not None
 
 
 def _quantizes(recipe: Mapping[str, Any]) -> bool:
@@ -177,7 +188,7 @@ def _change(task: Task, labels: Array, first: Artifact, second: Artifact) -> Acc
 def _verdict(task: Task, record: Mapping[str, Any], ladder: list[LadderRow], artifacts: Artifacts) -> Verdict:
     limits = record["recipe"]["budgets"]
     if "bench" not in artifacts:
-        change = _change_so_far(task, ladder, artifacts)
+        change = _change_so_far(task, ladder, artifacts) if _scored(record) else UNSCORED
         return Verdict(
             status="NOT_MEASURED",
             reasons=["nothing was measured on a device: edgekd bench"],
@@ -186,7 +197,7 @@ def _verdict(task: Task, record: Mapping[str, Any], ladder: list[LadderRow], art
             accuracy_change=change,
         )
     found = artifacts["bench"].result
-    change = AccuracyChange(**found["accuracy_change"])
+    change = AccuracyChange(**found["accuracy_change"]) if _scored(record) else UNSCORED
     return Verdict(
         status=found["status"],
         reasons=found["reasons"],

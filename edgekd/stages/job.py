@@ -83,6 +83,21 @@ class Job:
         return data.fingerprint(self.recipe.data.source, self.recipe.data.options)
 
     @property
+    def has_images(self) -> bool:
+        """Whether the recipe has images to learn from; known without reading them."""
+        return self.recipe.data.source != "none"
+
+    @property
+    def has_baseline(self) -> bool:
+        """Whether the student is also trained without the teacher."""
+        return self.recipe.distill.scratch and self.has_images
+
+    @property
+    def has_test(self) -> bool:
+        """Whether it has labelled test images."""
+        return self.has_images or self.recipe.data.options["test"] is not None
+
+    @property
     def choice(self) -> Choice:
         """The target's preferred backend."""
         return self.target.choices[0]
@@ -139,8 +154,9 @@ class Job:
         return network.eval()
 
     def measured(self, logits: Array) -> dict[str, Any]:
-        """The score of answers for the whole test split, and what it is, as manifests hold it."""
-        return self.task.measured(logits, self.dataset.test.labels) | self.task.described()
+        """The score of answers for the whole test split, and what it is, as manifests hold it; no score for noise."""
+        score = self.task.measured(logits, self.dataset.test.labels) if self.has_test else {}
+        return score | self.task.described()
 
     def images(self, start: int, end: int) -> Array:
         """Test images as a network is fed them: float32 [N, C, H, W]."""

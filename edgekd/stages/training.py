@@ -124,7 +124,8 @@ def _train(
     def on_progress(at: distill.Progress) -> None:
         newest = "first epoch"
         if at.metrics:
-            newest = f"val {job.task.metric.text(at.metrics['val_score'])}, loss {at.metrics['train_loss']:.3f}"
+            val = [f"val {job.task.metric.text(at.metrics['val_score'])}"] if "val_score" in at.metrics else []
+            newest = ", ".join([*val, f"loss {at.metrics['train_loss']:.3f}"])
         job.on_progress(at.done / at.total, newest)
 
     return distill.train(

@@ -17,7 +17,7 @@ from edgekd import data, registry
 from edgekd.data.loading import read
 from edgekd.errors import DataError, RecipeError
 
-FORMATS = [name for name in registry.names("dataset") if name not in ("digits", "digit_sensors", "digit_volumes")]
+FORMATS = [entry.name for entry in registry.entries("dataset") if "path" in entry.options]
 
 
 # --- idx ----------------------------------------------------------------------------------------------------------
