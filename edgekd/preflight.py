@@ -133,8 +133,8 @@ def _check_without_images(job: Job, to_make: Collection[str]) -> None:
             fix="--set quantize.method=none",
             key="quantize.method",
         )
-    for asked in {"attack", "corruptions"} & set(to_make):
-        if not job.has_test:
+    for stage, asked in (("attack", "attack"), ("corrupt", "corruptions")):
+        if stage in to_make and not job.has_test:
             raise RecipeError(
                 f"{asked} needs test images, and data.source = {source} names none",
                 allowed="expected: data.test, {NAME: {option: value}}",
