@@ -419,7 +419,13 @@ def test_fuzz_overrides(overrides):
 
 
 # A value for options that have no default, by their type; text for all others.
-SAMPLES = {"list of method": "[kd]", "list of int": "[1]", "network": "resnet", "list of network": "[resnet]"}
+SAMPLES = {
+    "int": "8",
+    "list of method": "[kd]",
+    "list of int": "[1]",
+    "network": "resnet",
+    "list of network": "[resnet]",
+}
 
 
 def test_every_registered_name_can_stand_in_a_recipe():
