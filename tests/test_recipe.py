@@ -155,7 +155,8 @@ def test_an_override_that_is_not_yaml():
             'fix:   set student.activation = "lma", or see: edgekd list activations']),
         (("source: npz", "source: nzp"), [
             'error: edgekd.yaml:3: data.source = "nzp" is not a known dataset',
-            '       known: cifar, digit_sensors, digit_volumes, digits, folder, idx, none, npz, parquet   (closest: "npz")',
+            "       known: cifar, digit_sensors, digit_volumes, digits, folder, idx, none, npz, parquet"
+            '   (closest: "npz")',
             'fix:   set data.source = "npz", or see: edgekd list datasets']),
         (("{lma: {k: 4}}", "{lma: {kk: 4}}"), [
             "error: edgekd.yaml:10: student.activation.lma.kk is not a known key or option of activation lma",
