@@ -19,12 +19,14 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     ROOT / name for name in ("README.md", "CONTRIBUTING.md", "DECISIONS.md", "CHANGELOG.md", "docs/results.md")
 ]
+# What is written for users, with commands to type.
+GUIDES = [ROOT / name for name in ("README.md", "docs/boards.md", "docs/backends.md")]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 def lines_with_commands() -> list[str]:
-    """The command lines in the README: in code blocks, and between backticks."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """The command lines in the guides: in code blocks, and between backticks."""
+    text = "\n".join(guide.read_text(encoding="utf-8") for guide in GUIDES)
     blocks = (
         "\n".join(re.findall(r"```\n(.*?)```", text, re.DOTALL)) + "\n" + "\n".join(re.findall(r"`([^`\n]+)`", text))
     )
@@ -32,7 +34,7 @@ def lines_with_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("line", lines_with_commands())
-def test_every_command_of_the_readme_parses(line: str) -> None:
+def test_every_command_of_the_guides_parses(line: str) -> None:
     _, name, *words = shlex.split(line)
     command = COMMANDS[name]
     context = command.make_context(name, words, resilient_parsing=False)
@@ -69,7 +71,7 @@ def test_the_method_of_the_contributing_guide_works() -> None:
     assert terms["mse"].item() == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [*DOCUMENTS, *GUIDES[1:]], ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
         assert (document.parent / link).exists(), link
