@@ -38,6 +38,7 @@ FIRST = {"teacher": 0, "scratch": 1, "kd": 2}  # rows of the table; the others f
 IMAGES, EPOCHS = 200, 30
 BUDGET = Train(epochs=EPOCHS, batch_size=32, lr=0.05, keep="last")
 TEACHER_BUDGET = Train(epochs=12, batch_size=64, lr=0.1, keep="last")
+AUGMENT = Augment(crop=1)
 STUDENT, TEACHER = {"depth": 8, "width": 0.5}, {"depth": 14, "width": 0.5}
 
 
@@ -79,20 +80,21 @@ def _needs_more(name: str) -> bool:
     return required or entry.load().needs_target or name == "spread"
 
 
-def network(options: dict[str, Any], dataset: Dataset, seed: int) -> nn.Module:
-    return networks.build("resnet", options, dataset.shape, dataset.num_classes, ("relu", {}), seed)
+def network(options: dict[str, Any], dataset: Dataset, seed: int, name: str = "resnet") -> nn.Module:
+    answers, *maps = dataset.outputs
+    return networks.build(name, options, dataset.shape, answers, ("relu", {}), seed, maps=tuple(maps))
 
 
 def train(
     student: nn.Module, dataset: Dataset, budget: Train, method: str, options: dict[str, Any],
-    teacher: nn.Module | None, seed: int,
+    teacher: nn.Module | None, seed: int, augment: Augment = AUGMENT,
 ) -> float:  # fmt: skip
     """Train, and return the seconds that it took."""
     made = registry.create("method", method, options=options)
     with tempfile.TemporaryDirectory() as work:
         trained = distill.train(
-            student, dataset, budget, made, teacher=teacher if made.needs_teacher else None, augment=Augment(crop=1),
-            seed=seed, work=Path(work),
+            student, dataset, budget, made, teacher=teacher if made.needs_teacher else None, augment=augment, seed=seed,
+            work=Path(work),
         )  # fmt: skip
     return round(sum(epoch["seconds"] for epoch in trained.epochs), 1)
 
