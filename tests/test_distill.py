@@ -307,7 +307,8 @@ def test_a_method_trains_what_it_owns(digits, tmp_path):
     assert torch.equal(methods[0].projector.weight, methods[1].projector.weight)
     fresh = Projected()
     distill._seed_random(torch.device("cpu"), "method", 0)
-    setting = Setting(torch.zeros(2, 1, 8, 8), torch.zeros(1), 10, torch.zeros(1, 1, 1), torch.ones(1, 1, 1), 1)
+    images, mean, std = torch.zeros(2, 1, 8, 8), torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+    setting = Setting(images, torch.zeros(1), 10, mean, std, 1, lambda n: images[:n])
     fresh.attach(plain(), None, setting)
     assert not torch.equal(fresh.projector.weight, methods[0].projector.weight)
     saved = distill.read_checkpoint(tmp_path / "0" / distill.CHECKPOINT)["method"]

@@ -9,7 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from edgekd import catalog, recipe, registry
+from edgekd import catalog, recipe, recipe_schema, registry
 from edgekd.errors import RecipeError
 from edgekd.schedule import SHAPES, value_at, values_of
 
@@ -105,7 +105,7 @@ def test_a_text_is_refused_as_before():
 def test_the_recipe_keeps_a_schedule_and_the_schema_knows_it():
     spec = recipe.load("digits", ["distill.temperature={linear: [4, 1]}"]).distill
     assert spec.options["temperature"] == {"linear": [4.0, 1.0]}
-    schema = recipe.json_schema()
+    schema = recipe_schema.json_schema()
     content = {
         "name": "x",
         "data": {"source": "digits"},

@@ -28,9 +28,8 @@ class Runner:
         """Zeros float32 [B, K] for x float32 [B, C, H, W]."""
         until = time.perf_counter_ns() + self._wait_ns
         if x.shape[1:] != self._image or x.dtype != np.float32:
-            raise ValueError(
-                "the model takes float32 {}, not {} {}".format(["B", *self._image], x.dtype, list(x.shape))
-            )
+            image = ", ".join(["B", *map(str, self._image)])
+            raise ValueError(f"the model takes float32 [{image}], not {x.dtype} {list(x.shape)}")
         while time.perf_counter_ns() < until:
             pass
         return np.zeros((len(x), *self._answer), np.float32)
