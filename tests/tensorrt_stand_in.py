@@ -48,6 +48,8 @@ int launches(void) { return captured; }
 TENSORRT = """
 import ctypes, enum, errno, json, os, pathlib, signal, time
 import numpy as np
+import os
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import onnx, onnxruntime
 __version__ = "10.3.0"
 HERE = pathlib.Path(__file__).parent

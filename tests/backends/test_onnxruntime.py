@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -76,6 +78,20 @@ def test_what_it_cannot_run_is_named(make_onnx, tmp_path, change, problem):
 def test_an_unknown_optimisation_level_is_refused():
     with pytest.raises(RecipeError, match="graph_optimization"):
         create(graph_optimization="most")
+
+
+RUNS = "import sys; sys.path.insert(0, sys.argv[1]); import runner; runner.load(sys.argv[2])"
+
+
+@pytest.mark.parametrize("code", [RUNS, "import edgekd, onnxruntime; onnxruntime.get_available_providers()"])
+def test_telemetry_leaves_nothing_behind(make_onnx, tmp_path, code):
+    (tmp_path / "engine").mkdir()
+    create().compile(make_onnx(), tmp_path / "engine", threads=1)
+    (tmp_path / "home").mkdir()
+    plain = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    argv = [sys.executable, "-B", "-c", code, str(create().runner.parent), str(tmp_path / "engine")]
+    subprocess.run(argv, env={**plain, "HOME": str(tmp_path / "home")}, check=True)
+    assert list((tmp_path / "home").rglob("*")) == []
 
 
 def test_without_onnxruntime_the_pip_line_is_given(make_onnx, tmp_path, monkeypatch):

@@ -7,9 +7,12 @@ import os
 from typing import Any
 
 import numpy as np
+
+# Where the runtime has a telemetry client, it stays off: a user's board reports to nobody. Without the variable, the
+# import alone leaves a device id and a data base in the user's home.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import onnxruntime
 
-# Where the runtime has a telemetry client, it stays off: a user's board reports to nobody.
 if hasattr(onnxruntime, "disable_telemetry_events"):
     onnxruntime.disable_telemetry_events()
 
