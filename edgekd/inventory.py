@@ -56,19 +56,20 @@ def listed() -> dict[str, Listed]:
         raise
 
 
-def places(given: Sequence[str]) -> list[Place]:
-    """The devices that the values of --device mean, each once: URLs, names, `tag:TAG` and `all` of the inventory.
+def places(given: Sequence[str], *, repeated: bool = False) -> list[Place]:
+    """The devices that the values of --device mean: URLs, names, `tag:TAG` and `all` of the inventory.
+
+    Each once, or `repeated` as often as it is meant.
 
     Raises RecipeError for what is not there.
     """
-    found: dict[str, Place] = {}
-    for text in given:
-        for place in _meant(text):
-            found.setdefault(f"{place.url} {place.target}", place)
-    names = [place.name for place in found.values()]
+    found = [place for text in given for place in _meant(text)]
+    if not repeated:
+        found = list({(place.url, place.target): place for place in reversed(found)}.values())[::-1]
+    names = [place.name for place in found]
     return [
         place if names.count(place.name) == 1 else Place(f"{place.name}-{number}", place.url, place.target)
-        for number, place in enumerate(found.values(), start=1)
+        for number, place in enumerate(found, start=1)
     ]
 
 

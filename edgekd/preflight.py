@@ -54,8 +54,10 @@ def check(job: Job, to_make: Collection[str]) -> None:
     on_device = any(stage == "bench" or stage.startswith("build-") for stage in to_make)
     if on_device and not (job.device or job.target.device).startswith("local:"):
         check_device(job).facts()  # a board that does not answer shall not wait for the training
-    if {"bench", "kit"} & set(to_make):
+    if {"bench", "kit", "boards"} & set(to_make):
         _check_mode(job)
+    if "boards" in to_make:
+        _check_boards(job)
     if any(stage.startswith("engine-") for stage in to_make):
         job.backend.require()
     if {"bench", "kit"} & set(to_make):
@@ -82,6 +84,40 @@ def check(job: Job, to_make: Collection[str]) -> None:
                 fix="set quantize.method = ptq, or distill.method = kd",
                 key="quantize.method",
             )
+
+
+def _check_boards(job: Job) -> None:
+    """A board for each part, and parts that can be made for them."""
+    parts = job.recipe.student.options["boards"]
+    if len(job.boards) != parts:
+        raise RecipeError(
+            f"student.boards = {parts}, and {len(job.boards)} devices are named",
+            allowed="expected: a device for each part; local: may be given again and again",
+            fix=f"name {parts} devices, or one to measure the whole student there",
+            key="student.boards",
+        )
+    recipe = job.recipe
+    for key, value, off in (
+        ("quantize.method", recipe.quantize.method, "none"),
+        ("benchmark.loadgen", recipe.benchmark.loadgen, False),
+        ("benchmark.end_to_end", recipe.benchmark.end_to_end, False),
+    ):
+        if value != off:
+            raise RecipeError(
+                f"{key} = {str(value).lower()} is for a whole student, not for the parts of several boards",
+                allowed="parts are compiled in floating point, and timed by themselves",
+                fix=f"--set {key}={str(off).lower()}",
+                key=key,
+            )
+    for name, board in job.boards.items():
+        if board.backend.builds_on == "device":
+            raise RecipeError(
+                f"{name}: backend {board.backend.name} builds on the board, and parts are compiled here",
+                allowed="expected: a target whose engines are made here",
+                fix="--backend onnxruntime",
+            )
+        board.backend.require()
+        board.backend.libraries()
 
 
 def _check_mode(job: Job) -> None:

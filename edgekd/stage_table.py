@@ -172,6 +172,7 @@ TABLE: tuple[Stage, ...] = (
     Stage("student", stages.student, _student, ("teacher",), trains=True),
     Stage("attack", stages.attack, _attack, ("teacher", "scratch", "student"), wanted=_attacks),
     Stage("parts", stages.parts, partial(_onnx, "student"), ("student",), wanted=_spreads),
+    Stage("boards", stages.boards, _bench, ("parts",), wanted=lambda job: bool(job.boards), measures=True),
     *(Stage(f"onnx-{one}", partial(stages.onnx, one), partial(_onnx, one), (one,)) for one in SUBJECTS),
     Stage("corrupt", stages.corrupt, _corrupt, ("onnx-teacher", "onnx-student"), wanted=_corrupts),
     Stage("finetune", stages.finetune, _finetune, ("teacher", "student"), wanted=_finetunes, trains=True),
@@ -210,6 +211,8 @@ LAST = {"distill": "attack", "export": "onnx-student", "eval": "corrupt",
 
 def last_stage(command: str, job: Job) -> str:
     """Where a command ends. For a board that is not named it is a kit, which somebody carries there."""
+    if job.boards:
+        return "boards"
     return "kit" if command in ("export", "run") and not job.has_device else LAST[command]
 
 

@@ -10,18 +10,18 @@ import numpy.typing as npt
 
 from edgekd.backends import Engine
 from edgekd.bench import end_to_end
-from edgekd.bench.arrays import quality_from_logits, table_from_latencies
+from edgekd.bench.arrays import array_from, quality_from_logits, table_from_latencies
 from edgekd.bench.deployment import Progress, bundle, measured_on
 from edgekd.bench.end_to_end import Pictures
 from edgekd.bench.latencies import rounds
 from edgekd.bench.modes import Mode
-from edgekd.bench.summary import summarize
-from edgekd.bench.validity import MIN_QUERIES
+from edgekd.bench.summary import latency, summarize
+from edgekd.bench.validity import MIN_QUERIES, invalid_because
 from edgekd.device import Device
 from edgekd.errors import RecipeError, StageError
 from edgekd.tasks import Judge
 
-__all__ = ["MIN_LAUNCHES", "benchmark", "bundle", "settings_of"]
+__all__ = ["MIN_LAUNCHES", "benchmark", "bundle", "measure_part", "settings_of"]
 
 MIN_LAUNCHES = 6  # fewer give no 95 % interval: see stats.median_interval
 MAX_STRETCH = 6  # a slow engine may take this many times the seconds asked for to reach MIN_QUERIES
@@ -56,8 +56,7 @@ def benchmark(
     engines = {"student": student, "teacher": teacher}
     settings = settings_of(mode, pictures, launches=launches, lock_clocks=lock_clocks, seed=seed)
     workdir.mkdir(parents=True, exist_ok=True)
-    # Loading must not take forever, nor a query more than a second: it is there for a device that hangs.
-    timeout = launches * SETUP_TIMEOUT_S + 2 * MAX_STRETCH * mode.seconds + len(samples)
+    timeout = _timeout(launches, mode, samples)
     measured = measured_on(
         device, engines, samples, settings, workdir, pictures=pictures, timeout=timeout, on_progress=on_progress
     )
@@ -75,6 +74,49 @@ def benchmark(
         "argv": measured["argv"],
         "url": device.url,
     }
+
+
+def measure_part(
+    part: Engine,
+    *,
+    samples: npt.NDArray[np.float32],
+    features: int,
+    device: Device,
+    workdir: Path,
+    mode: Mode,
+    launches: int = 9,
+    lock_clocks: bool = False,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> tuple[dict[str, Any], npt.NDArray[np.float32]]:
+    """Measure one part of a spread student on its `device`: {status, p50_ms, ...}, and its answers, float32 [N, F].
+
+    samples: float32 [N, C, H, W]; features: F; the rest as for `benchmark`. What is interrupted is lost: nobody would
+    wait for the answer. Raises StageError then, and for answers that are not finite.
+    """
+    settings = settings_of(mode, None, launches=launches, lock_clocks=lock_clocks, seed=seed)
+    workdir.mkdir(parents=True, exist_ok=True)
+    measured = measured_on(
+        device, {part.name: part}, samples, settings, workdir, pictures=None,
+        timeout=_timeout(launches, mode, samples), on_progress=on_progress, attempts=1,
+    )  # fmt: skip
+    table = table_from_latencies(workdir / f"{part.name}_latency.npy", part.name)
+    answers = array_from(workdir / f"{part.name}_logits.npy")
+    if answers.shape != (len(samples), features) or not np.isfinite(answers).all():
+        raise StageError(
+            f'{part.name} on "{device.url}" gave features {list(answers.shape)}, or some that are not finite',
+            allowed=f"expected: finite numbers {[len(samples), features]}",
+            fix="check the precision, and see whether the engine runs by itself",
+        )
+    reasons = invalid_because(measured, {part.name: table}, mode)
+    timed = latency(mode.headline(table), measured["models"][part.name], part.name)
+    found = {"status": "INVALID" if reasons else "VALID", "reasons": reasons}
+    return found | {name: timed[name] for name in ("p50_ms", "p99_ms")}, answers
+
+
+def _timeout(launches: int, mode: Mode, samples: npt.NDArray[np.float32]) -> float:
+    """Seconds. Loading must not take forever, nor a query more than a second: it is there for a device that hangs."""
+    return launches * SETUP_TIMEOUT_S + 2 * MAX_STRETCH * mode.seconds + len(samples)
 
 
 def settings_of(

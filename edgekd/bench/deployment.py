@@ -39,10 +39,12 @@ def measured_on(
     pictures: Pictures | None,
     timeout: float,
     on_progress: Progress | None,
+    attempts: int = ATTEMPTS,
 ) -> dict[str, Any]:
     """What the agent says of the benchmark that `settings` ask for; its arrays are in `workdir` then.
 
-    timeout: seconds, for a device that hangs. Raises StageError when an engine cannot be run there.
+    timeout: seconds, for a device that hangs; attempts: 1 not to go on after an interruption. Raises StageError when an
+    engine cannot be run there.
     """
     sent = bundle(engines, samples, settings, workdir, pictures)
     if key := device.transport.signing_key:
@@ -52,7 +54,7 @@ def measured_on(
     with device.reserved(lambda text: on_progress and on_progress(0.0, 0.0, text)), device.job(name) as job:
         job.put(sent)
         argv = [job.python, *ARGV]
-        _measure(job, argv, timeout, on_progress)
+        _measure(job, argv, timeout, on_progress, attempts)
         kinds = ("latency", "logits", *(["end_to_end"] if pictures else []))
         return _fetch(job, engines, kinds, workdir) | {"argv": argv}
 
@@ -81,14 +83,14 @@ def bundle(
     return sent | {"spec.json": workdir / "spec.json", "result.json": workdir / "result.json"}
 
 
-def _measure(job: Job, argv: list[str], timeout: float, on_progress: Progress | None) -> None:
+def _measure(job: Job, argv: list[str], timeout: float, on_progress: Progress | None, attempts: int) -> None:
     """Run the agent to its end. After a lost connection, a restart of the device or the agent's death it goes on with
     the launch that was interrupted."""
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, attempts + 1):
         try:
             finished = job.run(argv, timeout=timeout, on_stderr_line=_progress_line(on_progress))
         except ConnectionLost as error:
-            if attempt == ATTEMPTS:
+            if attempt == attempts:
                 raise
             if _is_over(job):
                 return
@@ -96,9 +98,10 @@ def _measure(job: Job, argv: list[str], timeout: float, on_progress: Progress | 
             continue
         if finished.status >= 0:
             break
-        _log.warning("%s: the agent was killed; the benchmark goes on", job.device.url)
+        if attempt < attempts:
+            _log.warning("%s: the agent was killed; the benchmark goes on", job.device.url)
     if finished.status:
-        raise _failure(finished, job.device.url)
+        raise _failure(finished, job.device.url, attempts)
 
 
 def _is_over(job: Job) -> bool:
@@ -151,11 +154,12 @@ def _said(line: str, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _failure(finished: Finished, url: str) -> StageError:
+def _failure(finished: Finished, url: str, attempts: int) -> StageError:
     lines = [line for line in finished.stderr_tail if not _said(line, "progress")]
     what, fix = "the agent ended without a result", "see whether the engine runs there by itself"
     if finished.status < 0:
-        what = f"the agent was killed {ATTEMPTS} times (signal {signal.Signals(-finished.status).name})"
+        times = f" {attempts} times" if attempts > 1 else ""
+        what = f"the agent was killed{times} (signal {signal.Signals(-finished.status).name})"
         fix = "see whether the memory there is enough: sudo dmesg | tail"
     elif lines and (last := _said(lines[-1], "error")):
         what = str(last["error"])

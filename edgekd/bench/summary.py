@@ -28,7 +28,7 @@ def summarize(
         "status": "INVALID" if reasons else "VALID",
         "reasons": reasons,
         "mode": {"name": mode.name, **mode.findings(measured, tables)},
-        "latency": {name: _latency(mode.headline(tables[name]), measured["models"][name], name) for name in tables},
+        "latency": {name: latency(mode.headline(tables[name]), measured["models"][name], name) for name in tables},
         "accuracy": {name: _accuracy(quality[name], name) for name in quality},
         "speedup": {"value": speedup, "ci95": list(speedup_interval), "of": mode.compares},
         "accuracy_change": tasks.change(quality["teacher"], quality["student"]),
@@ -61,7 +61,7 @@ def _telemetry(rows: list[dict[str, Any]], cores: int) -> dict[str, Any]:
     return {"time_s": [row["time_s"] for row in rows], "series": known}
 
 
-def _latency(table: Table, launches: list[dict[str, Any]], name: str) -> dict[str, Any]:
+def latency(table: Table, launches: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """Of queries of one size."""
     values = table[:, DURATION] / 1e6
     p50, p90, p99 = np.quantile(values, [0.5, 0.9, 0.99])

@@ -48,6 +48,13 @@ def jobs_at(places: Sequence[Place], asked: Asked, terminal: Terminal) -> dict[s
     return jobs
 
 
+def spread_over(places: Sequence[Place], asked: Asked, terminal: Terminal) -> Job:
+    """The job of a spread student, with a board for each part: one run, since together they are one network."""
+    jobs = jobs_at(places, asked, terminal)
+    first = next(iter(jobs.values()))
+    return replace(first, run_id=first.run_id.partition("/")[0], command=asked.line, boards=jobs)
+
+
 def run(jobs: Jobs, asked: Asked, terminal: Terminal, json_: bool) -> None:
     """Measure on every board; one that fails has a row that says why, and stops no other one."""
     from edgekd import report

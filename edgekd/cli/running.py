@@ -98,7 +98,9 @@ def stage_command(name: str, summary: str) -> Callable[..., None]:
         flags = {"lock_clocks": lock_clocks, "loadgen": loadgen}
         overrides = (*(set_ or ()), *(f"benchmark.{flag}=true" for flag, given in flags.items() if given))
         asked = Asked(name, recipe, target, tuple(device or ()), overrides, store, backend)
-        if len(places) > 1:
+        each = inventory.places(device or [], repeated=True)
+        spread = len(each) > 1 and name in ("bench", "run") and asked.spreads
+        if len(places) > 1 and not spread:
             from edgekd.cli import boards
 
             jobs = boards.jobs_at(places, asked, terminal)
@@ -108,7 +110,12 @@ def stage_command(name: str, summary: str) -> Callable[..., None]:
             _check_has_no_recipe(set_, dry_run)
             where = target_of(asked.target_at(place), backend)
             return compile_file(Path(recipe), where, place.url if place else None, store, terminal, json_)
-        job = asked.job(terminal, place, run_id)
+        if spread:
+            from edgekd.cli import boards
+
+            job = boards.spread_over(each, asked, terminal)
+        else:
+            job = asked.job(terminal, place, run_id)
         if name == "quantize":
             _check_quantizes(job)
         if dry_run:
@@ -149,6 +156,13 @@ class Asked:
     def line(self) -> str:
         """The command line that reproduces it."""
         return shlex.join(["edgekd", self.command, *self.words(self.devices, self.target)])
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the recipe's student is made for several boards."""
+        from edgekd import recipe as recipes
+
+        return recipes.load(self.recipe, self.overrides).student.network == "spread"
 
     def words(self, devices: Sequence[str], target: str | None) -> list[str]:
         """What stands behind the command's name, for these devices and this target."""
@@ -316,12 +330,16 @@ def written(store: Store, run_id: str | None) -> tuple[Document | BoardsDocument
 
 
 def _show(document: Document, path: Path, terminal: Terminal) -> None:
-    from edgekd.report import tables
+    from edgekd.report import Absent, network_tables, tables
 
     ladder = tables.ladder(document)
     lines = [ladder.columns, *(row.cells for row in ladder.rows if not row.reason)]
     columns, *rows = ([cells[at] for at in LADDER_COLUMNS] for cells in lines)
     terminal.table(columns, rows)
+    for table in (network_tables.boards(document), network_tables.heard(document)):
+        if not isinstance(table, Absent):
+            terminal.say("")
+            terminal.table(table.columns, [row.cells for row in table.rows])
     terminal.say("")
     for name, engine in document.engines.items():
         for alarm in engine.alarms:

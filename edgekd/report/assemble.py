@@ -36,7 +36,7 @@ from edgekd.report.document import (
     Training,
     Verdict,
 )  # fmt: skip
-from edgekd.report.networks import Angles, Spread
+from edgekd.report.networks import Angles, Spread, SpreadRun
 from edgekd.report.part import Absent, AccuracyChange, Metric
 from edgekd.report.quantization import Quantization
 from edgekd.report.robustness import Robustness
@@ -78,6 +78,7 @@ def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Docume
         attack=_attack(record, artifacts, ladder),
         angles=_angles(record, artifacts),
         spread=_spread(artifacts),
+        spread_run=_spread_run(artifacts),
         robustness=_robustness(record, artifacts),
         latency=_latencies(bench),
         mode=bench.result["mode"] if bench else NOT_BENCHED,
@@ -286,6 +287,12 @@ def _spread(artifacts: Artifacts) -> Spread | Absent:
         return Absent(reason="The student is not spread over several boards.")
     result = artifacts["parts"].result
     return Spread.model_validate({name: result[name] for name in Spread.model_fields})
+
+
+def _spread_run(artifacts: Artifacts) -> SpreadRun | Absent:
+    if "boards" not in artifacts:
+        return Absent(reason="Not run on several boards: edgekd bench --device FIRST --device SECOND ...")
+    return SpreadRun.model_validate(artifacts["boards"].result)
 
 
 def _quantization(task: Task, record: Mapping[str, Any], artifacts: Artifacts) -> Quantization | Absent:

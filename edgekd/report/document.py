@@ -15,7 +15,7 @@ from edgekd.errors import StoreError
 from edgekd.report.answers import ClassScores, Estimates
 from edgekd.report.engines import Claim, CompiledEngine
 from edgekd.report.measuring import EndToEnd, Loadgen, Mode
-from edgekd.report.networks import Angles, Spread
+from edgekd.report.networks import Angles, Spread, SpreadRun
 from edgekd.report.part import AGREE, Absent, AccuracyChange, Count, Metric, Part, Positive, Ratio, Span
 from edgekd.report.quantization import Quantization
 from edgekd.report.robustness import Robustness
@@ -306,6 +306,7 @@ class Document(Part):
     attack: Attack | Absent = NOT_RECORDED
     angles: list[Angles] | Absent = NOT_RECORDED
     spread: Spread | Absent = NOT_RECORDED
+    spread_run: SpreadRun | Absent = NOT_RECORDED
     robustness: Robustness | Absent = NOT_RECORDED
     latency: Latencies = Latencies()
     mode: Mode | Absent = NOT_RECORDED

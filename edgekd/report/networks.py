@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
-from edgekd.report.part import Count, Part
+from edgekd.report.part import Count, Part, Positive
 
 
 class Angles(Part):
@@ -45,3 +47,25 @@ class Spread(Part):
     message_bytes: Count
     parts: list[BoardPart] = Field(min_length=2)
     silent: list[Silence] = Field(min_length=2)
+
+
+class BoardAnswered(Part):
+    """How one board did; SILENT is one that failed or was lost, with the reason, and no latency."""
+
+    name: str
+    url: str
+    target: str
+    backend: str
+    status: Literal["VALID", "INVALID", "SILENT"]
+    reasons: list[str]
+    size_bytes: Count
+    p50_ms: Positive | None
+    p99_ms: Positive | None
+
+
+class SpreadRun(Part):
+    """A spread student run on its boards; `silent` begins with those that were."""
+
+    boards: list[BoardAnswered] = Field(min_length=2)
+    n: Count
+    silent: list[Silence] = Field(min_length=1)

@@ -5,6 +5,7 @@ torch is imported inside the stages that train or export: planning and reporting
 """
 
 from edgekd.stages.attacking import attack
+from edgekd.stages.boards import boards
 from edgekd.stages.building import build
 from edgekd.stages.corrupting import corrupt
 from edgekd.stages.deploying import bench, engine
@@ -16,6 +17,6 @@ from edgekd.stages.training import finetune, finetuning, scratch, student, teach
 
 __all__ = [
     "ARCHIVE", "CURVES", "ENGINE", "LABELS", "LOGITS", "MODEL", "WEIGHTS", "Inputs", "Job", "attack", "bench",
-    "build", "code_sha256", "corrupt", "engine", "finetune", "finetuning", "onnx", "pack", "parts", "quantize",
-    "scratch", "student", "teacher",
+    "boards", "build", "code_sha256", "corrupt", "engine", "finetune", "finetuning", "onnx", "pack", "parts",
+    "quantize", "scratch", "student", "teacher",
 ]  # fmt: skip

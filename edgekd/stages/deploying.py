@@ -23,17 +23,10 @@ PICTURES = 64  # stored images that are timed end to end, again and again
 def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     """Compile a model for the target's preferred backend; where what it made runs here, measure it."""
     model = _dialect(job, inputs, work) if "quantize" in inputs else inputs[f"onnx-{subject}"].file(MODEL)
-    found = _examined(job, subject, model, out / LOG)
-    job.on_progress(0.2, f"compiling for {job.backend.name}")
-    built = Engine(subject, out / ENGINE, job.backend.runner, job.backend.name)
-    built.folder.mkdir()
-    job.backend.kept = job.store.cache("compile", [job.backend.name])
-    job.backend.on_progress = lambda share, text: job.on_progress(0.2 + 0.3 * share, text)
-    facts = job.backend.compile(model, built.folder, threads=job.target.threads)
-    result: dict[str, Any] = {"backend": job.backend.name, "facts": facts, **found}
+    built, result = compiled(subject, job, model, out)
     if job.backend.builds_on == "host":
         result["evidence"] = "compiled_on_host"
-        result["size_bytes"] = _size(built.folder)
+        result["size_bytes"] = size_of(built.folder)
     if job.backend.runs_here:
         job.on_progress(0.5, "measuring the engine")
         run = backends.load_runner(built).run
@@ -41,6 +34,18 @@ def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dic
         np.save(out / LOGITS, logits)
         result |= job.measured(logits)
     return result
+
+
+def compiled(subject: str, job: Job, model: Path, out: Path) -> tuple[Engine, dict[str, Any]]:
+    """The engine that the job's backend makes of a model, in the folder `out`, and what is known of it."""
+    found = _examined(job, subject, model, out / LOG)
+    job.on_progress(0.2, f"compiling for {job.backend.name}")
+    built = Engine(subject, out / ENGINE, job.backend.runner, job.backend.name)
+    built.folder.mkdir()
+    job.backend.kept = job.store.cache("compile", [job.backend.name])
+    job.backend.on_progress = lambda share, text: job.on_progress(0.2 + 0.3 * share, text)
+    facts = job.backend.compile(model, built.folder, threads=job.target.threads)
+    return built, {"backend": job.backend.name, "facts": facts, **found}
 
 
 def _examined(job: Job, subject: str, model: Path, log: Path) -> dict[str, Any]:
@@ -132,5 +137,6 @@ def _dialect(job: Job, inputs: Inputs, work: Path) -> Path:
     return file
 
 
-def _size(folder: Path) -> int:
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -54,6 +54,8 @@ class Job:
     created: str
     command: str
     device: str = ""
+    # The jobs of the boards that a spread student is measured on, by their names in reports; part 0 goes to the first.
+    boards: Mapping[str, Job] = field(default_factory=dict)
     on_progress: OnProgress = field(default=lambda share, text: None)
     # What building a network had to leave as it was, by teacher and student.
     notes: dict[str, list[str]] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -65,23 +65,25 @@ def parts(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     }
 
 
-def silences(features: Array, head: Callable[[Array], Array], score: Callable[[Array], float]) -> list[dict[str, Any]]:
+def silences(
+    features: Array, head: Callable[[Array], Array], score: Callable[[Array], float], lost: Sequence[int] = ()
+) -> list[dict[str, Any]]:
     """The score for every number of silent boards but all of them: mean, lowest and highest over who is silent.
 
-    features: [N, boards, F], what the boards answered.
+    features: [N, boards, F], what the boards answered; lost: who gave zeros, and is among the silent in every row.
     """
-    rows, boards = [], features.shape[1]
-    for number in range(boards):
+    rows, answering = [], [board for board in range(features.shape[1]) if board not in lost]
+    for number in range(len(answering)):
         found = []
-        for silent in subsets(boards, number):
+        for silent in subsets(len(answering), number):
             heard = features.copy()
-            heard[:, silent] = 0
+            heard[:, [answering[place] for place in silent]] = 0
             found.append(score(head(heard)))
         rows.append(
             {
-                "silent": number,
+                "silent": len(lost) + number,
                 "tried": len(found),
-                "ways": math.comb(boards, number),
+                "ways": math.comb(len(answering), number),
                 "score": float(np.mean(found)),
                 "lowest_score": min(found),
                 "highest_score": max(found),
