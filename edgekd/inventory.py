@@ -65,7 +65,10 @@ def places(given: Sequence[str], *, repeated: bool = False) -> list[Place]:
     """
     found = [place for text in given for place in _meant(text)]
     if not repeated:
-        found = list({(place.url, place.target): place for place in reversed(found)}.values())[::-1]
+        once: dict[tuple[str, str | None], Place] = {}
+        for place in found:
+            once.setdefault((place.url, place.target), place)
+        found = list(once.values())
     names = [place.name for place in found]
     return [
         place if names.count(place.name) == 1 else Place(f"{place.name}-{number}", place.url, place.target)
