@@ -1,6 +1,6 @@
 """Whether a result of `edgekd bench` can be trusted: the same model twice, a planted slowdown, foreign load, sampling.
 
-    python benchmarks/trust.py [aa] [planted] [foreign] [sampling] [--runs 20] [--seconds 10] [--report]
+    python benchmarks/trust.py [aa] [planted] [sampling] [foreign] [--runs 20] [--seconds 10] [--report]
 
 aa: the same engine as student and as teacher; the 95 % interval of the speed-up shall cover 1.0.
 planted: the teacher's runner waits 3 % longer; the interval shall lie above 1.0, which is p < 0.05 of the sign test.
@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import board_files
 
 SLOWDOWN = 0.03
+RUNS = {"aa": 20, "planted": 20, "sampling": 10, "foreign": 5}
 # The same runner, and then as long a wait as a share of what it took.
 SLOWED = f"""
 
@@ -164,15 +166,15 @@ def sampling_runs(pairs: Pairs, runs: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["aa", "planted", "foreign", "sampling"])
-    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("what", nargs="*", default=list(RUNS))
+    parser.add_argument("--runs", type=int, help="of each kind, instead of " + str(RUNS))
     parser.add_argument("--seconds", type=float, default=SingleStream().seconds)
     parser.add_argument("--report", action="store_true", help="write docs/results.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         pairs = Pairs(Path(folder), arguments.seconds)
         rows = [
-            sampling_runs(pairs, arguments.runs) if what == "sampling" else speedup_runs(what, pairs, arguments.runs)
+            (sampling_runs if what == "sampling" else partial(speedup_runs, what))(pairs, arguments.runs or RUNS[what])
             for what in arguments.what
         ]
     text = table(["what", "as it shall be", "ratios of the runs", "INVALID"], rows)
@@ -180,7 +182,7 @@ def main() -> None:
     if arguments.report:
         load = json.dumps([round(value, 1) for value in os.getloadavg()])
         body = (
-            f"{arguments.runs} runs of {arguments.seconds:g} s each, ResNet-20 in ONNX Runtime, {os.cpu_count()} cores"
+            f"Runs of {arguments.seconds:g} s each, ResNet-20 in ONNX Runtime, {os.cpu_count()} cores"
             f", load average {load} at the end. aa: the interval covers 1.0; planted: it lies above 1.0; foreign: the "
             f"result is INVALID; sampling: the interval covers 1.0.\n\n{text}\n\nMade by `benchmarks/trust.py`."
         )
