@@ -39,6 +39,7 @@ HEAVY = {
         "quantize.buckets", "quantize.quantized_distillation", "stages", "preflight",
     ),
     "torchao": ("quantize.pt2e",),
+    "networkx": ("methods.partition",),
     "openvino": ("backends.openvino",),
     "tvm": ("backends.tvm",),
     "accelerate": ("teacher_logits", "distill", "stages", "pipeline"),

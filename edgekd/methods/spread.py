@@ -4,8 +4,9 @@ Bhardwaj, Lin, Sartor, Marculescu, "Memory- and Communication-Aware Model Compre
 Inference on IoT" (NoNN), 2019, and its code: the filters before the teacher's logits are partitioned, a small student
 for each group imitates them, and one linear layer fuses the students. Jeong, Park, Yang, Electronics 10(14):1614, 2021,
 of which the abstract was read: equal groups by eigenvectors, and more redundancy, so that a lost message costs less;
-how is a reconstruction [R]. Ours: groups by recursive spectral bisection of the filters' correlations, copies around a
-ring of boards (the network `spread`), and boards that are silent at random while the head is trained. With m_b whether
+how is a reconstruction [R]. Ours: groups by recursive spectral bisection of the filters' correlations, or after NoNN's
+communities of filters that are active together (`partition`), in equal sizes; copies around a ring of boards (the
+network `spread`); and boards that are silent at random while the head is trained. With m_b whether
 board b answers, f_b its features and t_b the teacher's of the same filters, pooled over the map as the head takes them,
 
     L = (1 - kd_weight) CE(z, y) + kd_weight tau^2 KL(z_T || z)
@@ -14,10 +15,14 @@ board b answers, f_b its features and t_b the teacher's of the same filters, poo
     z = head( m_b f_b ),  m_b = 0 with probability `silent`, for every sample and board; never all of them
 
 Where it differs from NoNN: features are compared after pooling, since nothing else leaves a board; the square is summed
-over a board's features (NoNN: its mean over the whole map, weight 1e4); KL is summed over the classes.
+over a board's features (NoNN: its mean over the whole map, weight 1e4); KL is summed over the classes (NoNN: averaged,
+at twice the weight). NoNN's code leaves out its largest community and gives the smallest student what is left over.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +33,19 @@ from edgekd.methods import Method, Setting, Step
 from edgekd.methods.divergence import divergence
 from edgekd.methods.features import pooled
 from edgekd.methods.options import above_zero, at_least_zero
-from edgekd.methods.partition import correlations, spectral_groups
+from edgekd.methods.partition import Floats, Indices, coactivations, correlations, louvain_groups, spectral_groups
 from edgekd.methods.taps import Taps, default_taps
 from edgekd.networks import Spread
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
 
-# The partition is that of the correlations over so many training images, looked at in batches of so many.
+# The partition is that of the features of so many training images, looked at in batches of so many.
 IMAGES, BATCH = 512, 64
+# From features [N, D] to groups of the filters, as many as there are boards.
+PARTITIONS: dict[str, Callable[[Floats, int], list[Indices]]] = {
+    "spectral": lambda features, boards: spectral_groups(correlations(features), boards),
+    "louvain": lambda features, boards: louvain_groups(coactivations(features), boards),
+}
 
 
 @register("method", "spread")
@@ -43,7 +53,8 @@ class SpreadOverBoards(Method):
     """The parts of the network `spread` imitate a group of the teacher's filters each, with boards silent at random.
 
     kd_weight: weight of the KL term, the cross-entropy has the rest. temperature: tau. feature_weight: of the imitated
-    filters. silent: probability that a board does not answer in training.
+    filters. silent: probability that a board does not answer in training. partition: of the filters, by the spectrum
+    of their correlations or by Louvain communities of those that are active together.
     teacher_taps: path of the teacher's embedding; null is that before the logits of edgekd's own networks.
     """
 
@@ -54,11 +65,13 @@ class SpreadOverBoards(Method):
         temperature: float | Schedule = 4.0,
         feature_weight: float | Schedule = 1.0,
         silent: float = 0.25,
+        partition: Literal["spectral", "louvain"] = "spectral",
         teacher_taps: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.kd_weight, self.temperature = kd_weight, temperature
         self.feature_weight, self.silent, self.paths = feature_weight, silent, teacher_taps
+        self.partition = partition
         above_zero("temperature", temperature, 4)
         at_least_zero("kd_weight", kd_weight, 0.9)
         at_least_zero("feature_weight", feature_weight, 1)
@@ -93,7 +106,7 @@ class SpreadOverBoards(Method):
                 fix=f"--set student.filters={features.shape[1]}",
                 key="student.filters",
             )
-        student.share_out(spectral_groups(correlations(features.double().cpu().numpy()), len(student.parts)))
+        student.share_out(PARTITIONS[self.partition](features.double().cpu().numpy(), len(student.parts)))
         self._student = (student,)
 
     def forward(self, step: Step) -> dict[str, Tensor]:

@@ -11,16 +11,17 @@ from method_pairs import SHAPE, B, K, arrays, attached, cross_entropy, network, 
 
 from edgekd import networks, registry
 from edgekd.errors import RecipeError
-from edgekd.methods.partition import correlations, spectral_groups
+from edgekd.methods.partition import coactivations, correlations, louvain_groups, spectral_groups
 
 BOARDS, FILTERS = 3, 24
 
 
-def test_groups_are_equal_and_hold_every_filter_once():
+@pytest.mark.parametrize("groups_of", [spectral_groups, louvain_groups])
+def test_groups_are_equal_and_hold_every_filter_once(groups_of):
     graph = np.random.default_rng(0).random((24, 24))
     graph += graph.T
     for count in (2, 3, 4, 6, 8):
-        groups = spectral_groups(graph, count)
+        groups = groups_of(graph, count)
         assert [len(group) for group in groups] == [24 // count] * count
         assert sorted(np.concatenate(groups)) == list(range(24))
 
@@ -43,6 +44,42 @@ def test_correlations_against_numpy():
     expected = np.abs(np.corrcoef(features[:, live].T)) - np.eye(5)
     np.testing.assert_allclose(found[np.ix_(live, live)], expected, atol=1e-12)
     assert not found[4].any() and not found[:, 4].any()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_communities_stay_together(count):
+    rng = np.random.default_rng(1)
+    belongs = rng.permutation(np.arange(24) % count)
+    graph = np.where(belongs[:, None] == belongs, 1.0, 0.1) * rng.uniform(0.5, 1, (24, 24))
+    graph = np.triu(graph, 1) + np.triu(graph, 1).T
+    for group in louvain_groups(graph, count):
+        assert len(set(belongs[group])) == 1
+
+
+def test_communities_without_room_are_split_and_the_largest_are_whole():
+    graph = np.zeros((12, 12))  # communities of 5, 4, 2 and 1
+    for community in ([0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10]):
+        graph[np.ix_(community, community)] = 1 - np.eye(len(community))
+    assert [list(group) for group in louvain_groups(graph, 2)] == [[0, 1, 2, 3, 4, 11], [5, 6, 7, 8, 9, 10]]
+    assert [list(group) for group in louvain_groups(graph, 3)] == [[0, 1, 2, 3], [4, 9, 10, 11], [5, 6, 7, 8]]
+
+
+def test_coactivations_against_plain_loops():
+    rng = np.random.default_rng(2)
+    features = rng.normal(size=(9, 60))
+    features[3] = -1  # nothing is active
+    expected = np.zeros((60, 60))
+    for row in features:
+        a = [max(one, 0) / max(row) if max(row) > 0 else 0 for one in row]
+        lowest = sorted(a)[-50]
+        a = [one if one >= lowest else 0 for one in a]
+        for i in range(60):
+            for j in range(60):
+                expected[i, j] += a[i] * a[j] * abs(a[i] - a[j])
+    strengths = sorted((expected[i, j] for i in range(60) for j in range(i)), reverse=True)
+    expected[expected < strengths[59]] = 0  # a hundredth of the edges were 18, fewer than the filters
+    np.testing.assert_allclose(coactivations(features), expected / strengths[0], atol=1e-12)
+    assert not coactivations(np.zeros((3, 5))).any()
 
 
 @pytest.mark.parametrize("copies", [1, 2, 3])
@@ -128,12 +165,14 @@ def test_spread():
     }
 
 
-def test_the_partition_is_that_of_the_teachers_filters():
+@pytest.mark.parametrize("partition", ["spectral", "louvain"])
+def test_the_partition_is_that_of_the_teachers_filters(partition):
     student, teacher = pair("spread")
-    attached("spread", student, teacher)
+    attached("spread", student, teacher, partition=partition)
     with torch.no_grad():
         seen = teacher.pool(teacher.stages(teacher.stem(setting().images(512)))).double().numpy()
-    groups = spectral_groups(correlations(seen), BOARDS)
+    spectral = spectral_groups(correlations(seen), BOARDS)
+    groups = spectral if partition == "spectral" else louvain_groups(coactivations(seen), BOARDS)
     assert any(list(group) != list(range(8 * n, 8 * n + 8)) for n, group in enumerate(groups))
     for board, group in zip(student.head.place.reshape(BOARDS, 8, -1), groups, strict=True):
         assert board.argmax(1).tolist() == list(group)
