@@ -13,7 +13,7 @@ from tiny_job import TINY
 
 import edgekd as package
 from edgekd import cli, registry
-from edgekd.cli import running
+from edgekd.cli import outcome
 from edgekd.cli.looking import KINDS
 from edgekd.errors import BudgetMissed, ResultInvalid
 
@@ -211,7 +211,7 @@ def judged(done, **verdict) -> Exception | None:
     document = document_from_run(*pipeline.recorded(Store(done.store)))
     document = document.model_copy(update={"verdict": document.verdict.model_copy(update=verdict)})
     try:
-        running._judge(document, Path("report.html"))
+        outcome.judge(document, Path("report.html"))
     except Exception as problem:
         return problem
     return None

@@ -91,8 +91,9 @@ def test_values_are_shown_as_a_recipe_spells_them(value, text):
 
 
 OWN = (
-    "artifact", "catalog", "cli/__init__", "cli/looking", "cli/preparing", "cli/running", "errors", "pipeline",
-    "preflight", "recipe", "registry", "stages/deploying", "stages/exporting", "starter", "target", "yamlfile",
+    "artifact", "catalog", "cli/__init__", "cli/looking", "cli/outcome", "cli/preparing", "cli/running", "errors",
+    "pipeline", "preflight", "recipe", "registry", "stages/deploying", "stages/exporting", "starter", "target",
+    "yamlfile",
 )  # fmt: skip
 
 

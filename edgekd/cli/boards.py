@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.cli.running import Asked, located, written
+from edgekd.cli.asked import Asked, located
+from edgekd.cli.outcome import written
 from edgekd.errors import BoardFailed, BudgetMissed, EdgekdError, RecipeError, ResultInvalid
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from edgekd.cli.asked import Asked
 from edgekd.cli.options import (
     STORE,
     ColorOption,
@@ -18,7 +19,7 @@ from edgekd.cli.options import (
     TargetOption,
     terminal_of,
 )
-from edgekd.cli.running import Asked, run_job
+from edgekd.cli.running import run_job
 
 
 def eval_(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgekd.cli.options import STORE, ColorOption, DebugOption, JsonOption, StoreOption, TargetOption, terminal_of
-from edgekd.cli.running import written
+from edgekd.cli.outcome import written
 from edgekd.errors import RecipeError, StageError, unknown
 
 if TYPE_CHECKING:

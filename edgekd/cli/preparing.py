@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from edgekd.cli.asked import Asked, located
 from edgekd.cli.options import (
     STORE,
     ColorOption,
@@ -20,7 +21,6 @@ from edgekd.cli.options import (
     TargetOption,
     terminal_of,
 )
-from edgekd.cli.running import Asked, located
 from edgekd.errors import RecipeError
 
 

@@ -6,15 +6,14 @@ import inspect
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgekd.cli.asked import Asked, located, target_of
 from edgekd.cli.onnx_files import compile_file
 from edgekd.cli.options import (
     STORE,
@@ -36,25 +35,16 @@ from edgekd.cli.options import (
     WhereOption,
     terminal_of,
 )
-from edgekd.errors import BudgetMissed, EdgekdError, RecipeError, ResultInvalid
-from edgekd.kit import FOLDER
+from edgekd.cli.outcome import judge, show, show_kit, written
+from edgekd.errors import RecipeError
 
 if TYPE_CHECKING:
-    from edgekd.artifact import Artifact, Store
-    from edgekd.inventory import Place
-    from edgekd.report import BoardsDocument, Document
     from edgekd.stages import Job
-    from edgekd.target import Target
     from edgekd.terminal import Terminal
 
 
-DEFAULT_TARGET = "local"
 # Commands that end with one of these stages exit with the verdict on what they made.
 JUDGED = ("quantize", "build-student", "bench")
-# What of the report's ladder fits on a terminal of 80 columns.
-LADDER_COLUMNS = (0, 1, 2, 3, 6, 7)  # rung, score, interval, to teacher, size, params
-
-
 # Options of those commands alone that measure on a device.
 MEASURING = ("lock_clocks", "loadgen")
 STAGE_COMMANDS = {
@@ -140,68 +130,6 @@ def plan(
     _show_plan(job, "run", terminal, json_)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a command line asks for."""
-
-    command: str
-    recipe: str | None
-    target: str | None
-    devices: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = ()
-    store: Path = STORE
-    backend: str | None = None
-
-    @property
-    def line(self) -> str:
-        """The command line that reproduces it."""
-        return shlex.join(["edgekd", self.command, *self.words(self.devices, self.target)])
-
-    @property
-    def spreads(self) -> bool:
-        """Whether the recipe's student is made for several boards."""
-        from edgekd import recipe as recipes
-
-        return recipes.load(self.recipe, self.overrides).student.network == "spread"
-
-    def words(self, devices: Sequence[str], target: str | None) -> list[str]:
-        """What stands behind the command's name, for these devices and this target."""
-        given = [*([("--target", target)] if target else []), *(("--device", device) for device in devices)]
-        given += [("--backend", self.backend)] if self.backend else []
-        given += [("--set", override) for override in self.overrides]
-        return [*([self.recipe] if self.recipe else []), *(word for pair in given for word in pair)]
-
-    def target_at(self, place: Place | None) -> str:
-        """The target: what the command line names wins over what the inventory has for the device."""
-        return self.target or (place.target if place else None) or DEFAULT_TARGET
-
-    def job(self, terminal: Terminal, place: Place | None = None, run_id: str | None = None) -> Job:
-        """The job, on a device other than the target's own."""
-        from edgekd import recipe as recipes
-        from edgekd.artifact import Store
-        from edgekd.stages import Job
-
-        loaded, now, target = recipes.load(self.recipe, self.overrides), datetime.now(UTC), self.target_at(place)
-        return Job(
-            recipe=loaded,
-            target=target_of(target, self.backend),
-            store=Store(self.store),
-            run_id=run_id or f"{now:%Y%m%d-%H%M%S}-{loaded.name}-{os.getpid()}",
-            created=now.isoformat(timespec="seconds"),
-            command=shlex.join(["edgekd", self.command, *self.words(self.devices, target)]),
-            device=place.url if place else "",
-            on_progress=terminal.on_progress,
-        )
-
-
-def target_of(name: str, backend: str | None) -> Target:
-    """The target of that name, compiled for by `backend` if one is named."""
-    from edgekd import target as targets
-
-    loaded = targets.load(name)
-    return loaded if backend is None else targets.with_backend(loaded, backend)
-
-
 def _check_has_no_recipe(overrides: list[str] | None, dry_run: bool) -> None:
     if overrides or dry_run:
         raise RecipeError(
@@ -218,17 +146,6 @@ def _check_quantizes(job: Job) -> None:
             allowed="see: edgekd list quantizers",
             fix="--set quantize.method=ptq",
         )
-
-
-@contextmanager
-def located(job: Job) -> Iterator[None]:
-    """Errors about a key of the recipe say where it was given."""
-    try:
-        yield
-    except EdgekdError as error:
-        if error.key:
-            job.recipe.origin.locate(error)
-        raise
 
 
 def _show_plans(jobs: Mapping[str, Job], command: str, terminal: Terminal, json_: bool) -> None:
@@ -276,11 +193,11 @@ def run_job(job: Job, command: str, terminal: Terminal, json_: bool) -> None:
     if json_:
         print(document.to_json())
     else:
-        _show(document, path, terminal)
+        show(document, path, terminal)
     if last == "kit":
-        _show_kit(made["kit"], terminal)
+        show_kit(made["kit"], terminal)
     if last in JUDGED:
-        _judge(document, path)
+        judge(document, path)
 
 
 def import_(
@@ -299,69 +216,3 @@ def import_(
     terminal = terminal_of(no_color)
     job.on_progress = terminal.on_progress
     run_job(job, "bench", terminal, json_)
-
-
-def _show_kit(made: Artifact, terminal: Terminal) -> None:
-    """Where it is, and what is done with it."""
-    from edgekd.stages import ARCHIVE
-
-    file = made.file(ARCHIVE)
-    terminal.say(f"kit for the board: {file} ({made.result['size_bytes'] / 1e6:.1f} MB)")
-    terminal.say(f"  on the board:  tar xzf {ARCHIVE} && python3 {FOLDER}/run.py")
-    terminal.say("  back here:     edgekd import results.json")
-
-
-def written(store: Store, run_id: str | None) -> tuple[Document | BoardsDocument, Path]:
-    """The report of a run, None is the newest, and where it was written."""
-    from edgekd import pipeline
-    from edgekd import report as reports
-    from edgekd.report import boards
-    from edgekd.report.assemble import document_from_run
-
-    record, artifacts = pipeline.recorded(store, run_id)
-    document: Document | BoardsDocument
-    if "boards" in record:
-        measured = [board for board in record["boards"] if not board["error"]]
-        own = {board["name"]: document_from_run(*pipeline.recorded(store, board["run_id"])) for board in measured}
-        document = boards.document_from_boards(record, own)
-    else:
-        document = document_from_run(record, artifacts)
-    return document, reports.write(document, store.run_folder(record["run_id"]))
-
-
-def _show(document: Document, path: Path, terminal: Terminal) -> None:
-    from edgekd.report import Absent, network_tables, tables
-
-    ladder = tables.ladder(document)
-    lines = [ladder.columns, *(row.cells for row in ladder.rows if not row.reason)]
-    columns, *rows = ([cells[at] for at in LADDER_COLUMNS] for cells in lines)
-    terminal.table(columns, rows)
-    for table in (network_tables.boards(document), network_tables.heard(document)):
-        if not isinstance(table, Absent):
-            terminal.say("")
-            terminal.table(table.columns, [row.cells for row in table.rows])
-    terminal.say("")
-    for name, engine in document.engines.items():
-        for alarm in engine.alarms:
-            terminal.say(f"alarm: {name}: {alarm}")
-    terminal.say(f"{document.verdict.status_text}: {tables.headline(document)}")
-    terminal.say(str(path))
-
-
-def _judge(document: Document, path: Path) -> None:
-    """Raises ResultInvalid or BudgetMissed: the report is there, and the exit code says how it ended."""
-    verdict = document.verdict
-    if verdict.status == "INVALID":
-        raise ResultInvalid(
-            f"the measurement does not hold: {verdict.reasons[0]}",
-            allowed=f"reasons: {len(verdict.reasons)}, all in {path}",
-            fix="quiet the machine and measure again: edgekd bench",
-        )
-    missed = [budget for budget in verdict.budgets if budget.met is False]
-    if missed:
-        first = missed[0]
-        raise BudgetMissed(
-            f"budgets.{first.name} = {first.limit:g} is missed: {first.value:.4g}",
-            allowed=f"{len(missed)} of {len(verdict.budgets)} budgets missed, all in {path}",
-            fix="train longer, choose a larger student or another quantize.method, or relax the budget",
-        )
