@@ -22,6 +22,7 @@ from torch import nn
 
 from edgekd import data, distill, networks, registry
 from edgekd.data import Dataset
+from edgekd.methods import Method
 from edgekd.recipe import Augment, Train
 
 # What a row of the table is, besides every registered method with its defaults.
@@ -89,14 +90,22 @@ def train(
     student: nn.Module, dataset: Dataset, budget: Train, method: str, options: dict[str, Any],
     teacher: nn.Module | None, seed: int, augment: Augment = AUGMENT,
 ) -> float:  # fmt: skip
-    """Train, and return the seconds that it took."""
+    """Train by the method of that name, and return the seconds that it took."""
     made = registry.create("method", method, options=options)
+    return round(sum(epoch["seconds"] for epoch in fit(student, dataset, budget, made, teacher, seed, augment)), 1)
+
+
+def fit(
+    student: nn.Module, dataset: Dataset, budget: Train, method: Method, teacher: nn.Module | None, seed: int,
+    augment: Augment = AUGMENT,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Train, and return the log of every epoch. A method that needs no teacher does not get it."""
     with tempfile.TemporaryDirectory() as work:
         trained = distill.train(
-            student, dataset, budget, made, teacher=teacher if made.needs_teacher else None, augment=augment, seed=seed,
-            work=Path(work),
+            student, dataset, budget, method, teacher=teacher if method.needs_teacher else None, augment=augment,
+            seed=seed, work=Path(work),
         )  # fmt: skip
-    return round(sum(epoch["seconds"] for epoch in trained.epochs), 1)
+    return trained.epochs
 
 
 def accuracy(student: nn.Module, dataset: Dataset) -> float:
