@@ -15,6 +15,7 @@ from edgekd import registry
 from edgekd.backends.tvm import runner
 from edgekd.backends.tvm.clock import Clock
 from edgekd.backends.tvm.forms import FormChooser
+from edgekd.backends.tvm.origins import move_origins
 from edgekd.backends.tvm.processor import processor_of
 from edgekd.backends.tvm.segments import FORMS, Segments, lma, looked_up
 
@@ -119,8 +120,10 @@ def layer(k, continuous):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_computes_the_segments(form, lanes):
     width = processor_of("", "", 1).lanes
-    for k in (2, 4, 8):
-        segments = layer(k, continuous=form == "sum")
+    layers = [layer(k, continuous=form == "sum") for k in (2, 4, 7, 8, 12, 16)]
+    moved = layers[3].shifted(float(np.float32(layers[3].middle)))
+    assert moved.seen_from_middle and not layers[3].seen_from_middle
+    for segments in [*layers, moved]:
         if form not in segments.forms(width):
             continue
         x = np.random.default_rng(0).standard_normal(400).astype(np.float32) * 2
@@ -129,13 +132,54 @@ def test_every_form_computes_the_segments(form, lanes):
         np.testing.assert_allclose(run(x), segments(x)[: 400 // lanes * lanes], rtol=1e-5, atol=1e-5)
 
 
-def test_a_cut_belongs_to_the_left_segment():
-    segments = Segments(np.float32([-1, 0, 1]), np.float32([0, 0, 0, 0]), np.float32([10, 20, 30, 40]))
+@pytest.mark.parametrize("mean", [0.0, 0.3, -41.7])
+def test_a_cut_belongs_to_the_left_segment(mean):
+    cuts = np.float32([-1, 0, 1]) * np.float32(1.1) + np.float32(mean)
+    segments = Segments(cuts, np.float32([0, 0, 0, 0]), np.float32([10, 20, 30, 40]))
     width = processor_of("", "", 1).lanes
-    x = np.resize(np.float32([-1, 0, 1, -0.999, 0.001, 1.001]), 48)
+    x = np.resize(np.concatenate((cuts, cuts + np.float32([0.001] * 3))), 48)
     for form in segments.forms(width):
         run = vector_loop(lambda one, form=form: lma(one, form, segments, width), "float32", 48, 16)
         np.testing.assert_array_equal(run(x)[:6], [10, 20, 30, 20, 30, 40])
+
+
+BEFORE_LMA = """
+<ir_version: 10, opset_import: ["": 20, "edgekd": 1]>
+agraph (float[2, 3] x) => (float[2, 4] y)
+<float[3, 4] weight = {1, 2, 3, 4, -1, -2, -3, -4, 1, 3, 5, 7}, float[4] bias = {1, 2, 3, 4},
+ float[3] cuts = {-1, 0.5, 2}, float[4] slopes = {1, -1, 2, 0.5}, float[4] biases = {0, 1, 2, 3}>
+{
+    sums = Gemm <beta: float = 1.0> (x, weight, bias)
+    y = edgekd.LMA (sums, cuts, slopes, biases)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "moved"),
+    [
+        ("", "", True),
+        ("beta: float = 1.0", "beta: float = 2.0", False),
+        ("(float[2, 4] y)", "(float[2, 4] y, sums)", False),
+    ],
+    ids=["read_by_lma_alone", "a_factor_of_the_bias", "read_twice"],
+)
+def test_the_bias_before_lma_moves_its_origin(old, new, moved):
+    graph = onnx.parser.parse_model(BEFORE_LMA.replace(old, new)).graph
+    before = onnx.parser.parse_model(BEFORE_LMA.replace(old, new)).graph
+    move_origins(graph, 16)
+    x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32) * 3
+
+    def computed(graph):
+        numbers = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+        gemm, layer = graph.node
+        sums = x @ numbers[gemm.input[1]] + numbers[gemm.input[2]]
+        segments = Segments(*(numbers[name] for name in layer.input[1:]))
+        return segments(sums), segments.seen_from_middle
+
+    (expected, _), (y, seen_from_middle) = computed(before), computed(graph)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert seen_from_middle == moved
 
 
 @pytest.mark.parametrize("lanes", [1, 8, 16, 25])

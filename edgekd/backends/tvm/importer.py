@@ -22,6 +22,7 @@ from tvm.ir.expr import GenericConst
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
 from edgekd.backends.tvm import products
+from edgekd.backends.tvm.origins import move_origins
 from edgekd.backends.tvm.processor import Processor
 from edgekd.backends.tvm.quantized import Codes, Segmented, dequantize, per_channel, quantize, scaled_sums
 from edgekd.backends.tvm.segments import Form, Segments
@@ -46,6 +47,7 @@ def import_model(path: Path, processor: Processor, form_of: Callable[[Segments],
     """
     model = onnx.inliner.inline_selected_functions(onnx.load(path), [(LMA_DOMAIN, "LMA")], exclude=True)
     del model.graph.output[1:]  # as with the other runtimes, the logits are the first output
+    move_origins(model.graph, processor.lanes)
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     return Importer(processor, form_of).from_onnx(model.graph, opset)
 

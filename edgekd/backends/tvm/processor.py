@@ -74,7 +74,7 @@ def processor_of(arch: str, cpu: str, threads: int) -> Processor:
         needs = tuple(sorted(LINUX_NAMES[name] for name in features & LINUX_NAMES.keys()))
         return Processor(arch, cpu, 128, 32, threads, needs, SDOT if "dotprod" in features else None)
     needs = tuple(sorted(name for name in features if name.startswith(X86_PREFIXES)))
-    wide = {"avx512f", "avx512vl"} <= features
+    wide = {"avx512f", "avx512vl", "avx512dq"} <= features
     dot = VNNI if wide and "avx512vnni" in features else None
     bits = 512 if wide else 256 if "avx2" in features else 128
     return Processor(arch, cpu, bits, 32 if wide else 16, threads, needs, dot)

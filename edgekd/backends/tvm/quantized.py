@@ -16,15 +16,12 @@ import numpy.typing as npt
 from tvm import relax, te, tirx
 
 from edgekd.backends.tvm import products
-from edgekd.backends.tvm.segments import Segments, looked_up
+from edgekd.backends.tvm.segments import ROUNDER, Segments, looked_up
 
 if TYPE_CHECKING:
     from edgekd.backends.tvm.importer import Importer, Node
 
 Array = npt.NDArray[Any]
-# Beside this number floats are whole ones: a sum is rounded to the nearest, to even, and ends with its code's bits.
-# llvm.nearbyint keeps some loops from becoming vectors.
-ROUNDER = 1.5 * 2**23
 
 
 @dataclass(frozen=True)

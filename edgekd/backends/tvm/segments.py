@@ -2,8 +2,9 @@
 
 `lma(x)` is y = slopes[j] x + biases[j] for x in (cuts[j-1], cuts[j]]. FORMS of it, with what a vector of x costs:
 
-    index    the segment's number from the equal width of all, then slope and bias picked from two registers: 7
-             instructions whatever k is, where there is one that picks by lane; at a cut as exact as that division
+    index    the segment's number from the equal width of all, then slope and bias picked from two registers: 5 or 6
+             instructions whatever k is, where there is one that picks by lane; right of a cut a few roundings of x
+             still belong to the left segment
     sum      a line plus one scaled maximum per cut: 2 k - 1; only for segments that meet
     select   every cut is compared, and the last one that is passed wins: 3 k - 2
 
@@ -28,6 +29,13 @@ LMA, TABLE = "tirx.edgekd_lma", "tirx.edgekd_table"
 # What picks float32 values from a register by lane: LLVM's names, by lanes.
 PERMUTE = {16: "llvm.x86.avx512.permvar.sf.512", 8: "llvm.x86.avx2.permps"}
 PERMUTE_BYTES = "llvm.x86.avx512.vpermi2var.qi.512"  # bytes from two registers of 64
+CLAMP, CLAMP_LANES = "llvm.x86.avx512.mask.range.ps.512", 16
+SMALLER_WITH_SIGN = 0b0010  # what CLAMP computes: the smaller magnitude, with the sign of the first operand
+ALL_LANES, ROUND_AS_SET = -1, 4
+# Beside this number floats are whole ones: a sum is rounded to the nearest, to even, and ends with its number's bits.
+ROUNDER = 1.5 * 2**23
+# By this share of the outermost cut, index moves the cuts to the right, so that rounding leaves a cut in its segment.
+AT_CUT = 2.0**-21
 WORDS = 16  # int32 values of such a register
 
 
@@ -42,12 +50,33 @@ class Segments(NamedTuple):
         """Those that compute this layer on vectors of up to so many lanes; without measuring, the first is best."""
         widths = np.diff(self.cuts.astype(np.float64))
         equal = len(widths) > 0 and bool(np.allclose(widths, widths.mean(), rtol=1e-4))
-        if equal and lanes in PERMUTE and len(self.slopes) <= min(PERMUTE):
+        if equal and lanes in PERMUTE and len(self.slopes) <= lanes:
             yield "index"
         left, right = (self.slopes[part] * self.cuts + self.biases[part] for part in (slice(-1), slice(1, None)))
         if np.allclose(left, right, rtol=1e-5, atol=1e-6):
             yield "sum"
         yield "select"
+
+    @property
+    def width(self) -> float:
+        """That of the inner segments, on the average."""
+        return float(self.cuts[-1].astype(np.float64) - self.cuts[0]) / (len(self.cuts) - 1)
+
+    @property
+    def middle(self) -> float:
+        """Of segment k // 2, or a little more: seen from here, no cut of equal width rounds into the right segment."""
+        lowest = float(self.cuts[0]) - self.width / 2
+        return lowest + len(self.slopes) // 2 * self.width + AT_CUT * float(np.abs(self.cuts).max())
+
+    @property
+    def seen_from_middle(self) -> bool:
+        """Whether the middle is 0, up to what keeps cuts in their segments."""
+        return abs(self.middle) <= 2 * AT_CUT * float(np.abs(self.cuts).max())
+
+    def shifted(self, origin: float) -> Segments:
+        """The same function of x - origin."""
+        cuts, biases = self.cuts - np.float64(origin), self.biases + self.slopes * np.float64(origin)
+        return Segments(cuts.astype(np.float32), self.slopes, biases.astype(np.float32))
 
     def __call__(self, x: Array) -> Array:
         """The function itself, in float32."""
@@ -77,7 +106,7 @@ def _spelled_lma(call: Any) -> Any:
     segments = Segments(*np.split(values, [k - 1, 2 * k - 1]))
     lanes, once = _lanes(x), tirx.Var("x", x.ty)
     if FORMS[_number(form)] == "index":
-        register = lanes if lanes in PERMUTE and lanes < _number(width) else _number(width)
+        register = lanes if lanes in PERMUTE and k <= lanes < _number(width) else _number(width)
         return _by_registers(x, register, lambda part: _index(part, segments, register))
     made = (_sum if FORMS[_number(form)] == "sum" else _select)(once, segments, lanes)
     return tirx.Let(once, x, made)
@@ -97,13 +126,25 @@ def _by_registers(x: Any, width: int, function: Callable[[Any], Any]) -> Any:
 
 
 def _index(x: Any, segments: Segments, lanes: int) -> Any:
-    """Segments are counted from the right: so a value at a cut rounds to the left one."""
-    last = len(segments.slopes) - 1
-    inverse = (last - 1) / (float(segments.cuts[-1]) - float(segments.cuts[0]))
-    passed = x * _filled(-inverse, lanes) + _filled(float(segments.cuts[-1]) * inverse + 1, lanes)
-    inside = tirx.min(tirx.max(passed, _filled(0.0, lanes)), _filled(float(last), lanes))
-    at = tirx.Cast(f"int32x{lanes}", inside)
-    return _picked(segments.slopes[::-1], at, lanes) * x + _picked(segments.biases[::-1], at, lanes)
+    """Seen from the middle, and from there only: x is moved unless the layer before has done it."""
+    if segments.seen_from_middle:
+        return _index_from_middle(x, segments, lanes)
+    middle, moved = float(np.float32(segments.middle)), tirx.Var("moved", x.ty)
+    return tirx.Let(moved, x - _filled(middle, lanes), _index_from_middle(moved, segments.shifted(middle), lanes))
+
+
+def _index_from_middle(x: Any, segments: Segments, lanes: int) -> Any:
+    """Beside a large number, x in units of the width is rounded to the number of its segment."""
+    k, width = len(segments.slopes), segments.width
+    bound = k // 2 * width
+    if lanes == CLAMP_LANES and k < lanes:
+        options = [(SMALLER_WITH_SIGN, "int32"), x, (ALL_LANES, "int16"), (ROUND_AS_SET, "int32")]
+        how = [tirx.const(*one) if isinstance(one, tuple) else one for one in options]
+        inside = tirx.call_llvm_pure_intrin(x.ty, CLAMP, x, _filled(bound, lanes), *how)
+    else:
+        inside = tirx.min(tirx.max(x, _filled(-bound, lanes)), _filled(bound - (1 - k % 2) * width, lanes))
+    at = tirx.reinterpret(f"int32x{lanes}", inside * _filled(1 / width, lanes) + _filled(ROUNDER, lanes))
+    return _picked(segments.slopes, at, lanes) * x + _picked(segments.biases, at, lanes)
 
 
 def _sum(x: Any, segments: Segments, lanes: int) -> Any:
@@ -145,8 +186,9 @@ def _entries(at: Any, registers: list[Any]) -> Any:
 
 
 def _picked(values: Array, at: Any, lanes: int) -> Any:
-    """values[at] in every lane."""
-    filled = np.resize(values, lanes)
+    """The value of every lane's segment; its number counts from the middle one, and only the last bits of it count."""
+    numbers = (np.arange(lanes) + lanes // 2) % lanes - lanes // 2
+    filled = values[np.clip(numbers + len(values) // 2, 0, len(values) - 1)]
     register = _vector([tirx.const(float(one), "float32") for one in filled])
     return tirx.call_llvm_pure_intrin(f"float32x{lanes}", PERMUTE[lanes], register, at)
 
