@@ -152,6 +152,8 @@ class _Learner(nn.Module):
         # The networks' values may be rounded; what a method makes of their differences may not.
         with torch.autocast(batch.x.device.type, enabled=False):
             terms: dict[str, Tensor] = self.method(step)
+        for name, value in self.method.scheduled(progress).items():
+            step.record(name, value)
         loss = torch.stack(list(terms.values())).sum()
         logged = {"loss": loss}
         if self.method.needs_images:

@@ -96,10 +96,13 @@ class ResultInvalid(EdgekdError):
     exit_code = 6
 
 
-def unknown(where: str, value: object, known: Iterable[str], *, noun: str, fix: str = "") -> RecipeError:
-    """The error for a name that does not exist: lists the known names and points at the closest one."""
+def unknown(
+    where: str, value: object, known: Iterable[str], *, noun: str, fix: str = "", listed: bool = False
+) -> RecipeError:
+    """The error for a name that does not exist, or for one of a list: it shows known names and the closest one."""
     names, close = sorted(known), _closest(value, known)
-    advice = [f'set {where} = "{close}"' if "." in where else f'use "{close}"'] if close else []
+    write = f'write "{close}" in {where}' if listed else f'set {where} = "{close}"'
+    advice = [write if "." in where else f'use "{close}"'] if close else []
     return RecipeError(
         f"{where} = {shown(value)} is not a known {noun}",
         allowed=_known(names, close),

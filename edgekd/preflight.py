@@ -76,10 +76,10 @@ def check(job: Job, to_make: Collection[str]) -> None:
         quantizer = job.quantizer()
         assert isinstance(quantizer, TrainingQuantizer)
         method = _check_method(job, built, stages.finetuning(job, quantizer), finetuning=True)
-        if method.student_taps.paths and not quantizer.keeps_modules:
+        if (method.needs_modules or method.student_taps.paths) and not quantizer.keeps_modules:
             raise RecipeError(
                 f"quantize.method = {job.recipe.quantize.method} cannot train by distill.method ="
-                f" {job.recipe.distill.method}, which taps the student's modules",
+                f" {job.recipe.distill.method}, which looks into the student's modules",
                 allowed="with rounding in place the student is a graph without modules; its logits are there",
                 fix="set quantize.method = ptq, or distill.method = kd",
                 key="quantize.method",

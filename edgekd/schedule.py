@@ -9,7 +9,8 @@ of the training that is done, so a training that resumes goes on where it was.
     {ramp_up: [from, to]}       exp(-5 (1 - share)^2) of the way (Laine and Aila, ICLR 2017, section 3)
     {step: [a, b, c, ...]}      each for an equal share of the training
 
-A third number is the share of the training at which `to` is reached: `{linear: [4, 1, 0.5]}` is 1 in the second half.
+A third number is the share of the training at which `to` is reached: `{linear: [4, 1, 0.5]}` is 1 in the second half,
+exactly. Without one the last step is a step short of it, as the training is done after that step.
 """
 
 from __future__ import annotations
@@ -70,6 +71,15 @@ Schedule = Annotated[
 ]  # fmt: skip
 
 
+def is_schedule(value: object) -> bool:
+    """Whether an option's value changes while a network trains."""
+    return (
+        isinstance(value, dict)
+        and len(value) == 1
+        and all(name in SHAPES and isinstance(numbers, list) for name, numbers in value.items())
+    )
+
+
 def value_at(option: float | Schedule, progress: float) -> float:
     """The value of an option when the share `progress`, 0 to 1, of the training is done."""
     if not isinstance(option, dict):
@@ -78,7 +88,7 @@ def value_at(option: float | Schedule, progress: float) -> float:
     if shape == "step":
         return numbers[min(int(progress * len(numbers)), len(numbers) - 1)]
     start, end, until = (*numbers, 1.0)[:3]
-    return _CURVES[shape](start, end, min(progress / until, 1.0))
+    return end if progress >= until else _CURVES[shape](start, end, progress / until)
 
 
 def values_of(option: float | Schedule) -> list[float]:

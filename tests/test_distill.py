@@ -262,6 +262,13 @@ def test_metrics_are_means_over_the_epoch(digits, tmp_path):
     assert found.epochs[0]["val_score"] == float((logits.argmax(1) == labels).double().mean())
 
 
+def test_an_option_that_changes_is_in_the_log(digits, tmp_path):
+    method = registry.create("method", "kd", options={"temperature": {"linear": [5.0, 1.0]}})
+    found = trained(plain(), digits, tmp_path, method, teacher=plain(1))
+    taken = 5 - 4 * np.arange(10) / 10  # five batches an epoch; the log has their mean
+    assert [epoch["train_temperature"] for epoch in found.epochs] == pytest.approx([taken[:5].mean(), taken[5:].mean()])
+
+
 def test_tensorboard_reads_what_is_written(digits, tmp_path):
     found = trained(plain(), digits, tmp_path, tensorboard=True)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

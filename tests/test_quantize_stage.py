@@ -188,7 +188,7 @@ def test_a_method_that_taps_modules_is_told_before_training(tmp_path):
     with pytest.raises(RecipeError) as caught:
         pipeline.run(job, "quantize")
     assert str(caught.value).splitlines() == [
-        "error: quantize.method = qat cannot train by distill.method = fitnet, which taps the student's modules",
+        "error: quantize.method = qat cannot train by distill.method = fitnet, which looks into the student's modules",
         "       with rounding in place the student is a graph without modules; its logits are there",
         "fix:   set quantize.method = ptq, or distill.method = kd",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -11,7 +12,7 @@ import pytest
 
 from edgekd import catalog, recipe, recipe_schema, registry
 from edgekd.errors import RecipeError
-from edgekd.schedule import SHAPES, value_at, values_of
+from edgekd.schedule import SHAPES, is_schedule, value_at, values_of
 
 SHARE = np.linspace(0, 1, 21)
 FORMULAS = {
@@ -36,10 +37,23 @@ def test_all_shapes_but_the_ramp_begin_at_the_first_value():
     assert value_at({"ramp_up": [0, 1]}, 0.0) == pytest.approx(math.exp(-5))
 
 
+@pytest.mark.parametrize("shape", FORMULAS)
+@pytest.mark.parametrize("start", [2.0, 4.1, 7.3, 10.0])
+def test_a_temperature_falls_to_exactly_one(shape, start):
+    found = [value_at({shape: [start, 1.0, 0.8]}, p) for p in SHARE]
+    assert found[-5:] == [1.0] * 5 < found[:5]
+    assert all(now <= before for before, now in itertools.pairwise(found))
+
+
 def test_steps_share_the_training_equally():
     found = [value_at({"step": [4, 2, 1]}, p) for p in (0, 0.33, 0.34, 0.66, 0.67, 0.99, 1)]
     assert found == [4, 4, 2, 2, 1, 1, 1]
     assert values_of({"step": [4, 2, 1]}) == [4, 2, 1]
+
+
+def test_what_is_a_schedule():
+    assert all(is_schedule({shape: [2.0, 1.0]}) for shape in SHAPES)
+    assert not any(is_schedule(value) for value in (2.0, None, {}, {"linear": 1}, {"rate": [2, 1]}, ["linear"]))
 
 
 def test_a_number_is_a_constant():

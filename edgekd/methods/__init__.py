@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.methods.taps import NO_TAPS, Taps
+from edgekd.schedule import is_schedule, value_at
 from edgekd.tasks import Task
 from edgekd.tasks.classification import Classification
 
@@ -131,6 +132,7 @@ class Method(nn.Module):
     tasks: the names of those that it can learn; None for any.
     student_taps, teacher_taps: set by `attach` where features are needed; the steps then have them.
     needs_target: whether it learns from unlabelled images of a target domain.
+    needs_modules: whether it has to find modules inside of the student; who taps them need not say so.
     needs_images: whether it learns from the data's images; without, the student is not asked about them.
     uses_all_parameters: whether every step gives a gradient to all that the method owns.
     replays: how many steps in a row take the same batch. An epoch has as many steps as ever, on fewer samples.
@@ -140,6 +142,7 @@ class Method(nn.Module):
     tasks: tuple[str, ...] | None = ("classification",)
     needs_teacher: bool = True
     needs_target: bool = False
+    needs_modules: bool = False
     needs_images: bool = True
     uses_all_parameters: bool = True
     replays: int = 1
@@ -168,6 +171,11 @@ class Method(nn.Module):
         weights, which belongs to the same set but has made no step: with a step_size of 0. What it remembers belongs
         into buffers.
         """
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        """The options that change while the student is trained, as they are now; they go into the training log."""
+        options = vars(self).items()
+        return {name: value_at(value, progress) for name, value in options if name[0] != "_" and is_schedule(value)}
 
     def finetuning(self) -> Method:
         """What trains a student on, for a quantizer, that this method has made: the same, unless that changes it."""

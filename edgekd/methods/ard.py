@@ -7,7 +7,8 @@ shall answer for an attacked image what the teacher answers for the clean one,
     delta = PGD on CE( S(x + delta), y )
 
 with epsilon 8/255, 10 steps of 2/255 from a random start, tau 30, kd_weight 1. As in the code KL is averaged over the
-classes too; an option. The attack is made in evaluation mode. A robust student needs a robust teacher.
+classes too; that and tau^2 are options, as in `kd`. The attack is made in evaluation mode. A robust student needs a
+robust teacher.
 
 With `replays` it is the paper's fast variant, Fast-ARD, which is ARD by "free" adversarial training (Shafahi et al.,
 NeurIPS 2019); known from the paper's abstract, so that its details are a reconstruction [R]. So many steps in a row
@@ -43,6 +44,7 @@ class ARD(Method):
 
     kd_weight: weight of the KL term. ce_weight: of the cross-entropy on clean images. temperature: tau.
     epsilon, step_size: of the attack, in units of 1/255 of the pixel scale. steps: of its gradient.
+    tau_squared: multiply KL by tau^2.
     kl_reduction: `batchmean` sums KL over the classes, `mean` averages over them as well.
     replays: of every batch, from 2, in the fast variant, whose steps are epsilon; null is an attack for every batch.
     """
@@ -56,12 +58,14 @@ class ARD(Method):
         epsilon: float | Schedule = 8.0,
         step_size: float | Schedule = 2.0,
         steps: int = 10,
+        tau_squared: bool = True,
         kl_reduction: Literal["batchmean", "mean"] = "mean",
         replays: int | None = None,
     ) -> None:
         super().__init__()
         self.kd_weight, self.ce_weight, self.temperature = kd_weight, ce_weight, temperature
-        self.epsilon, self.step_size, self.steps, self.kl_reduction = epsilon, step_size, steps, kl_reduction
+        self.epsilon, self.step_size, self.steps = epsilon, step_size, steps
+        self.tau_squared, self.kl_reduction = tau_squared, kl_reduction
         above_zero("temperature", temperature, 30)
         above_zero("step_size", step_size, 2)
         for name, option in (
@@ -94,7 +98,7 @@ class ARD(Method):
         attacked = self._on_the_way(step) if self.fast else self._attacked(step)
         logits = step.student(attacked).float()
         step.record("accuracy_attacked", (logits.argmax(1) == step.y).float().mean())
-        kl = divergence(step.teacher_logits, logits, tau) * tau**2
+        kl = divergence(step.teacher_logits, logits, tau) * (tau**2 if self.tau_squared else 1)
         scale = value_at(self.kd_weight, step.progress) / (logits.shape[1] if self.kl_reduction == "mean" else 1)
         return {
             "ce": value_at(self.ce_weight, step.progress) * F.cross_entropy(step.student_logits, step.y),

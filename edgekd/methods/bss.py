@@ -9,7 +9,8 @@ turned to another class, see `attacks.boundary`. With H the cross-entropy of sof
 kd_weight falls from 4 to 1, boundary_weight from 2 to 0 at three quarters of the training. Images that both networks
 tell right are attacked, at most `samples` of a batch: those of the largest sum over the wrong classes of (p_T - p_S)^2.
 The class that an attack aims at is drawn with p_T(k) / (1 - p_T(y)). As in the code all attacked samples are used,
-those that did not turn too; a single one is not, because batch normalisation learns nothing from it.
+those that did not turn too; a single one is not, because batch normalisation learns nothing from it. They stay between
+black and white, where the code has -2.5 and 2.5 of the normalised images.
 
 The training log has the share that turned, and how alike the changes x' - x are when the student is attacked in the
 same way, for some of the images: `magsim`, mean of min(|u|, |v|) / max(|u|, |v|), and `angsim`, mean cos(u, v). The

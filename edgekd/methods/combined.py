@@ -47,6 +47,7 @@ class _Several(Method):
         self.tasks = tuple(task for task in known[0] if all(task in own for own in known)) if known else None
         self.needs_teacher = any(part.needs_teacher for _, part in self.named_parts())
         self.needs_target = any(part.needs_target for _, part in self.named_parts())
+        self.needs_modules = any(part.needs_modules for _, part in self.named_parts())
         self.needs_images = any(part.needs_images for _, part in self.named_parts())
         self.uses_all_parameters = all(part.uses_all_parameters for _, part in self.named_parts())
         self.replays = max(part.replays for _, part in self.named_parts())
@@ -73,6 +74,14 @@ class _Several(Method):
         for name, part in self.named_parts():
             self.parts[name] = part.finetuning()
         return self
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        """Those of all of them, each under its method's name."""
+        return {
+            f"{name}_{option}": value
+            for name, part in self.named_parts()
+            for option, value in part.scheduled(progress).items()
+        }
 
     def named_parts(self) -> list[tuple[str, Method]]:
         """The methods by their names, in order."""
@@ -142,16 +151,26 @@ class Staged(_Several):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """The terms of the method whose turn it is."""
-        number = sum(step.progress + ROUNDING >= end for end in self.ends[:-1])
-        _, part = self.named_parts()[number]
-        terms: dict[str, Tensor] = part(step.at(self._own_progress(number, step.progress)))
+        part, own = self._turn(step.progress)
+        terms: dict[str, Tensor] = part(step.at(own))
         return terms
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        """Those of the method whose turn it is."""
+        part, own = self._turn(progress)
+        return part.scheduled(own)
 
     def constrain(self, student: nn.Module, *, step_size: float, progress: float) -> None:
         """Constrain the student by the method whose turn it is, and by those before it as they left it."""
         for number, (_, part) in enumerate(self.named_parts()):
             if number == 0 or progress > self.ends[number - 1] + ROUNDING:
                 part.constrain(student, step_size=step_size, progress=self._own_progress(number, progress))
+
+    def _turn(self, progress: float) -> tuple[Method, float]:
+        """The method whose turn it is, and how far it is."""
+        number = sum(progress + ROUNDING >= end for end in self.ends[:-1])
+        _, part = self.named_parts()[number]
+        return part, self._own_progress(number, progress)
 
     def _own_progress(self, number: int, progress: float) -> float:
         """How far the method of that number is, 0 to 1."""

@@ -89,7 +89,6 @@ class DomainKD(Method):
             self._optimizer.param_groups[0]["lr"] = self.teacher_lr / (1 + 10 * step.progress) ** 0.75
         (source, source_features), (target, target_features) = self._adapted(step.x), self._adapted(step.target)
         student_target = step.student(step.target).float()
-        step.record("beta", beta)
         weight = beta * tau**2
         return {
             "ce": beta * (1 - alpha) * F.cross_entropy(step.student_logits, step.y),

@@ -10,7 +10,8 @@ h_a a peer's pooled feature, L and E linear and to an eighth of its size,
 
 As in the authors' code logits are mixed before the softmax, the targets t_a pass gradients on, and the weight rises as
 exp(-5 (1 - e / 80)^2) over the first 80 of 300 epochs. Here the peers begin with weights of their own by the layers'
-usual initialisation. The mean Euclidean distance of the peers' probabilities, `diversity`, is in the training log.
+usual initialisation. In the training log are the mean Euclidean distance of the peers' probabilities, `diversity`, and
+the share of the batches that the mean of the peers gets right, `peers_score`: the leader's is the student's.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class OnlinePeers(Method):
     """
 
     needs_teacher = False
+    needs_modules = True
 
     def __init__(
         self,
@@ -91,6 +93,7 @@ class OnlinePeers(Method):
         logits = torch.stack(answers, 1)
         targets = self.attention(torch.stack(features, 1)) @ logits
         step.record("diversity", diversity(logits.detach()))
+        step.record("peers_score", step.task.batch_score(logits.detach().mean(1), step.y))
         weight = value_at(self.weight, step.progress) * tau**2
         own = [divergence(targets[:, number], logits[:, number], tau) for number in range(self.count)]
         return {

@@ -33,8 +33,9 @@ class Taps:
         for path in paths:
             if path not in known or not path:
                 raise unknown(
-                    f"distill.{owner}_taps", path, [name for name in known if name], noun=f"module of the {owner}"
-                )
+                    f"distill.{owner}_taps", path, [name for name in known if name], noun=f"module of the {owner}",
+                    fix="name modules that it has", listed=True,
+                )  # fmt: skip
         self._modules = {path: known[path] for path in paths}
 
     @property

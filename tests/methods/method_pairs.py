@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgekd import networks, registry
-from edgekd.data import Shape
+from edgekd import data, networks, registry
+from edgekd.data import Dataset, Shape
 from edgekd.methods import CLASSIFICATION, Method, Setting, Step
+from edgekd.networks import Ensemble
 from edgekd.tasks import Task
 from edgekd.tasks.classification import Classification
 from edgekd.tasks.embedding import Embedding
@@ -24,6 +25,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "staged": {"methods": ["kd", "fitnet"], "epochs": [1, 1]},
     "dfad": {"student_steps": 2, "latent": 8},
     "crd": {"negatives": 16, "dimensions": 8},
+}
+# Methods that learn from the members of an ensemble.
+OF_SEVERAL = ("cross_layer", "mutual_sources")
+# Where digits have what a task asks for: options of the source, and the task.
+SOURCES: dict[str, tuple[dict[str, Any], Any]] = {
+    "classification": ({}, None),
+    "regression": ({"target": "slant"}, None),
+    "embedding": ({}, {"embedding": {"dimension": 6}}),
 }
 # What a method teaches, where that is not any network.
 STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -39,6 +48,26 @@ def student_of(method: str, classes: int = K) -> nn.Module:
     """A student that the method can teach."""
     name, options = STUDENTS.get(method, ("resnet", {"depth": 8, "width": 0.25}))
     return networks.build(name, options, SHAPE, classes, ("relu", {}), 0)
+
+
+def teacher_of(method: str, outputs: int = K) -> nn.Module:
+    """A teacher with opinions, though nobody has taught it; an ensemble where the method learns from the members."""
+    teachers = [
+        networks.build("resnet", {"depth": 8, "width": 0.375}, SHAPE, outputs, ("relu", {}), seed) for seed in (1, 2)
+    ]
+    torch.manual_seed(5)
+    for one in teachers:
+        nn.init.normal_(one.fc.weight, 0, 0.3)
+        nn.init.zeros_(one.fc.bias)
+    made = Ensemble(teachers, "logits") if method in OF_SEVERAL else teachers[0]
+    return made.eval().requires_grad_(False)
+
+
+def digits_for(task: str) -> Dataset:
+    """Few digits, with labels for the task; for classes with images of a target domain too."""
+    options, choice = SOURCES[task]
+    dataset = data.load("digits", options, task=choice, train_limit=60, test_limit=20)
+    return data.with_target(dataset, "digits", {}) if task == "classification" else dataset
 
 
 def pair(method: str = "") -> tuple[nn.Module, nn.Module]:

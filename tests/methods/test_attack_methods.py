@@ -89,11 +89,11 @@ def test_an_attack_moves_no_statistics():
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
-@pytest.mark.parametrize("kl_reduction", ["mean", "batchmean"])
-def test_ard(kl_reduction):
+@pytest.mark.parametrize(("kl_reduction", "tau_squared"), [("mean", True), ("batchmean", True), ("mean", False)])
+def test_ard(kl_reduction, tau_squared):
     student, teacher = pair()
     options = {"kd_weight": 0.9, "ce_weight": 0.2, "temperature": 5.0, "steps": 3, "kl_reduction": kl_reduction}
-    method = attached("ard", student, teacher, **options)
+    method = attached("ard", student, teacher, tau_squared=tau_squared, **options)
     step = step_of(method, student, teacher)
     torch.manual_seed(4)
     with evaluating(student):
@@ -104,7 +104,7 @@ def test_ard(kl_reduction):
     student_logits = student(attacked).detach().double().numpy()  # by the batch's statistics, as in training
     p, q = softmax(teacher(step.x).double().numpy() / 5), softmax(student_logits / 5)
     kl = (p * np.log(p / q)).sum(1).mean() / (5 if kl_reduction == "mean" else 1)
-    assert terms["kd"].item() == pytest.approx(0.9 * 25 * kl, rel=1e-3)
+    assert terms["kd"].item() == pytest.approx(0.9 * (25 if tau_squared else 1) * kl, rel=1e-3)
     assert terms["ce"].item() == pytest.approx(
         0.2 * cross_entropy(step.student_logits.detach().numpy(), step.y.numpy()), rel=1e-4
     )

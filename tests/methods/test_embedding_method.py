@@ -9,7 +9,7 @@ from edgekd.methods import Step
 from edgekd.tasks.embedding import Embedding
 
 
-def test_directions_relations_and_labels_are_weighed():
+def test_embedding_weighs_directions_relations_and_labels():
     rng = np.random.default_rng(0)
     student, teacher = (rng.normal(0, 1, (7, 5)) for _ in range(2))
     labels = np.array([0, 1, 0, 1, 2, 2, 0])

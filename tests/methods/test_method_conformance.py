@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from method_pairs import OPTIONS, B, K, attached, network, pair, step_of, student_of, task_of
+from method_pairs import (
+    OPTIONS,
+    SOURCES,
+    B,
+    K,
+    attached,
+    digits_for,
+    step_of,
+    student_of,
+    task_of,
+    teacher_of,
+)  # fmt: skip
 
-from edgekd import data, distill, export, registry
+from edgekd import distill, export, registry
 from edgekd.data import Dataset
 from edgekd.methods import Method
 from edgekd.recipe import Augment, Train
 
 METHODS = registry.names("method")
-
-
-SOURCES = {
-    "classification": ({}, None),
-    "regression": ({"target": "slant"}, None),
-    "embedding": ({}, {"embedding": {"dimension": 6}}),
-}
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def digits() -> dict[str, Dataset]:
     """By task."""
-    sets = {
-        name: data.load("digits", options, task=task, train_limit=60, test_limit=20)
-        for name, (options, task) in SOURCES.items()
-    }
-    return sets | {"classification": data.with_target(sets["classification"], "digits", {})}
+    return {name: digits_for(name) for name in SOURCES}
 
 
 def total(method: Method, student, teacher, progress: float = 0.25) -> torch.Tensor:
@@ -41,8 +43,15 @@ def total(method: Method, student, teacher, progress: float = 0.25) -> torch.Ten
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_test_of_its_formula(name):
+    """Called by its name: test_NAME, or test_NAME_ and what it shows."""
+    files = [*HERE.glob("test_*.py"), HERE.parent / "test_methods.py"]
+    assert any(re.search(rf"^def test_{name}[_(]", file.read_text(encoding="utf-8"), re.MULTILINE) for file in files)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_teaches_the_student_and_leaves_the_teacher(name):
-    student, teacher = pair(name)
+    student, teacher = student_of(name), teacher_of(name)
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     method = attached(name, student, teacher).train()
     terms = method(step_of(method, student, teacher))
@@ -64,7 +73,7 @@ def test_every_method_teaches_the_student_and_leaves_the_teacher(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_no_method_leaves_a_trace_in_the_networks(name):
-    student, teacher = pair(name)
+    student, teacher = student_of(name), teacher_of(name)
     method = attached(name, student, teacher)
     total(method, student, teacher)
     assert not [module for one in (student, teacher) for module in one.modules() if module._forward_hooks]
@@ -72,7 +81,7 @@ def test_no_method_leaves_a_trace_in_the_networks(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_state_of_every_method_is_in_its_state_dict(name):
-    student, teacher = pair(name)
+    student, teacher = student_of(name), teacher_of(name)
     method = attached(name, student, teacher)
     total(method, student, teacher)
     saved = {key: value.clone() for key, value in method.state_dict().items()}
@@ -93,11 +102,7 @@ def train(name: str, digits: dict[str, Dataset], work: Path, die_at: int = 0) ->
     method = bare(name)
     dataset = digits[task_of(method).name]
     (outputs,) = dataset.outputs
-    student, teacher = student_of(name, outputs).eval(), network(0.375, 1)
-    teacher.fc = torch.nn.Linear(teacher.fc.in_features, outputs)
-    torch.manual_seed(5)
-    torch.nn.init.normal_(teacher.fc.weight, 0, 0.3)
-    torch.nn.init.zeros_(teacher.fc.bias)
+    student, teacher = student_of(name, outputs).eval(), teacher_of(name, outputs)
 
     def on_progress(progress: distill.Progress) -> None:
         if progress.done == die_at:

@@ -1,4 +1,4 @@
-"""Methods that own parameters, remember something or attack their images train in several processes: real ones."""
+"""Every method trains in several processes: real ones."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_pairs import OPTIONS, attached, pair, student_of
+from method_pairs import OPTIONS, attached, digits_for, student_of, task_of, teacher_of
 
-from edgekd import data, distill, networks, registry
+from edgekd import distill, registry
 from edgekd.recipe import Augment, Train
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["edgekd.distill", "edgekd.networks", "sklearn.datasets"])
-OWNERS = [name for name in registry.names("method") if attached(name, *pair(name)).state_dict()]
-ATTACKERS = ["ard", "bss"]  # they meet the student several times in a step
 
 
 def train_here(name: str, folder: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    dataset = data.with_target(data.load("digits", {}, train_limit=60), "digits", {})
-    student = student_of(name, classes=10)
-    teacher = networks.build("resnet", {"depth": 8, "width": 0.375}, dataset.shape, 10, ("relu", {}), 1)
     method = registry.create("method", name, options=OPTIONS.get(name, {}))
+    dataset = digits_for(task_of(method).name)
+    (outputs,) = dataset.outputs
+    student, teacher = student_of(name, outputs), teacher_of(name, outputs)
+    start = {key: value.clone() for key, value in student.state_dict().items()}
     distill.train(
         student, dataset, Train(epochs=2, batch_size=6, lr=0.02, keep="last"), method,
         teacher=teacher if method.needs_teacher else None, augment=Augment(crop=1), seed=0, work=folder / "work",
     )  # fmt: skip
+    assert any(not torch.equal(value, start[key]) for key, value in student.named_parameters())
     torch.save([student.state_dict(), method.state_dict()], folder / f"trained-{environment['RANK']}.pt")
     torch.distributed.destroy_process_group()
 
@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*OWNERS, *ATTACKERS])
+@pytest.mark.parametrize("name", registry.names("method"))
 def test_two_processes_end_with_the_same_student_and_the_same_method(name, tmp_path):
     shared = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"ACCELERATE_USE_CPU": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -64,7 +64,7 @@ def test_two_processes_end_with_the_same_student_and_the_same_method(name, tmp_p
         for key in own:
             if own is student or "running" not in key:
                 assert torch.equal(own[key], other[key]), key
-    start = attached(name, *pair(name)).state_dict()
-    assert name in ATTACKERS or any(
+    start = attached(name, student_of(name), teacher_of(name)).state_dict()
+    assert not method or any(
         not torch.equal(value, start[key]) for key, value in method.items() if value.shape == start[key].shape
     )

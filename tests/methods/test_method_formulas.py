@@ -238,6 +238,21 @@ def test_combined_adds_what_each_distils_and_counts_the_labels_once():
     )  # fmt: skip
 
 
+def test_what_changes_over_the_training_is_told():
+    kd = {"kd": {"kd_weight": {"linear": [1.0, 0.0]}, "temperature": {"linear": [8.0, 1.0]}}}
+    rkd = {"rkd": {"angle_weight": {"step": [1.0, 2.0]}}}
+    assert registry.create("method", "kd").scheduled(0.5) == {}
+    assert registry.create("method", "kd", options=kd["kd"]).scheduled(0.5) == {"kd_weight": 0.5, "temperature": 4.5}
+    together = registry.create("method", "combined", options={"methods": [kd, rkd, kd]})
+    assert together.scheduled(0.5) == {
+        "kd_kd_weight": 0.5, "kd_temperature": 4.5, "rkd_angle_weight": 2.0, "kd-2_kd_weight": 0.5,
+        "kd-2_temperature": 4.5,
+    }  # fmt: skip
+    in_turn = registry.create("method", "staged", options={"methods": [rkd, kd], "epochs": [1, 3]})
+    assert in_turn.scheduled(0.125) == {"angle_weight": 2.0}
+    assert in_turn.scheduled(0.625) == {"kd_weight": 0.5, "temperature": 4.5}
+
+
 @pytest.mark.parametrize(
     ("progress", "name", "own"),
     [(0.0, "kd", 0.0), (0.2, "kd", 0.8), (0.25, "dkd", 0.0), (0.25 - 1e-12, "dkd", 0.0), (1.0, "dkd", 1.0)],

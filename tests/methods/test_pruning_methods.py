@@ -191,10 +191,19 @@ def test_the_components_are_not_correlated_and_the_largest_are_kept():
 
 
 def test_all_components_are_the_student_itself():
-    before, after, *_ = pruned(0.999)
-    x = setting().example
-    torch.testing.assert_close(after(x), before(x), rtol=0.05, atol=0.05)
-    assert networks.shrink(before, x) == {}
+    student, teacher = network(0.5, 0).eval(), pair()[1]
+    method, x = attached("decorrelated_prune", student, teacher), setting().example
+    expected, before = student(x), copy.deepcopy(student.state_dict())
+    # U_r U_r^T of all components of each side, as the pruning would make it if it kept them.
+    for number, conv in enumerate(method._convs.values()):
+        for side, channels in (("in", conv.in_channels), ("out", conv.out_channels)):
+            vectors, _ = torch.linalg.qr(torch.randn(channels, channels, generator=torch.Generator().manual_seed(7)))
+            method.get_buffer(f"{side}_projection_{number}").copy_(vectors @ vectors.T)
+    method.decided.fill_(1)
+    method.constrain(student, step_size=0.1, progress=0.9)
+    assert any(not torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    torch.testing.assert_close(student(x), expected, rtol=1e-5, atol=1e-5)
+    assert networks.shrink(student, x) == {}
 
 
 @pytest.mark.parametrize("macs", [0.3, 0.6])

@@ -13,7 +13,7 @@ from edgekd.tasks.regression import Regression
 
 
 @pytest.mark.parametrize(("teacher_weight", "label_weight"), [(1.0, 0.0), (0.3, 2.0)])
-def test_the_students_values_are_cut_and_meet_teacher_and_labels(teacher_weight, label_weight):
+def test_regression_cuts_the_students_values_and_compares_them_with_teacher_and_labels(teacher_weight, label_weight):
     rng = np.random.default_rng(0)
     student, teacher, labels = (rng.normal(0, 2, (9, 1)).astype(np.float32) for _ in range(3))
     task = Regression(low=-10, high=30, center=10, scale=20)

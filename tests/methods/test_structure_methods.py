@@ -41,6 +41,7 @@ def test_online_peers(progress):
     assert terms["leader"] == pytest.approx(weight * kl(softmax(logits.mean(1) / 2), softmax(leader / 2)), rel=1e-3)
     p = [softmax(logits[:, a]) for a in range(2)]
     assert step.recorded["diversity"].item() == pytest.approx(np.linalg.norm(p[0] - p[1], axis=1).mean(), rel=1e-4)
+    assert step.recorded["peers_score"].item() == pytest.approx((logits.mean(1).argmax(1) == y).mean())
 
 
 def test_peers_begin_differently_and_attend_by_sample():
@@ -91,6 +92,25 @@ def test_the_angular_term_alone_spreads_the_classes_to_a_simplex():
     unit = F.normalize(student.fc.weight.detach())
     assert (unit @ unit.T).sum().item() == pytest.approx(0, abs=1e-3)
     assert step.recorded["angle_mean"].item() == pytest.approx(np.degrees(np.arccos(-1 / (K - 1))), abs=5)
+
+
+def test_class_vectors_keep_their_length_and_have_no_bias():
+    student, other = pair()
+    method = attached("angular", student, None, length=3.0)
+    weight = student.fc.weight.detach().double().numpy()
+    for one in (student, other):  # the moving average of the weights too
+        torch.nn.init.ones_(one.fc.bias)
+        method.constrain(one, step_size=0.0, progress=0.5)
+        assert not one.fc.bias.any()
+    expected = 3 * weight / np.linalg.norm(weight, axis=1, keepdims=True)
+    np.testing.assert_allclose(student.fc.weight.detach().numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(other.fc.weight.detach().numpy(), axis=1), 3, rtol=1e-5)
+    before = student.fc.weight.clone(), student.fc.bias.clone()
+    attached("angular", student, None).constrain(student, step_size=0.1, progress=0.5)  # by default nothing happens
+    assert torch.equal(student.fc.weight, before[0]) and torch.equal(student.fc.bias, before[1])
+    with pytest.raises(RecipeError) as caught:
+        registry.create("method", "angular", options={"length": 0.0})
+    assert str(caught.value).startswith("error: distill.length = 0.0 is not valid\n       expected: above 0\n")
 
 
 def test_a_classifier_that_is_not_there():

@@ -119,7 +119,8 @@ def test_a_tap_that_does_not_exist():
     assert lines[0] == 'error: distill.student_taps = "stages.4" is not a known module of the student'
     assert lines[1].startswith("       known: fc, pool, stages, stages.0, stages.0.0, ")
     assert lines[1].endswith('(closest: "stages.2")') or '(closest: "stages.' in lines[1]
-    assert lines[2].startswith('fix:   set distill.student_taps = "stages.')
+    assert lines[2].startswith('fix:   write "stages.') and " in distill.student_taps, or name modules" in lines[2]
+    assert problem(student_taps=["?"], teacher_taps=["stages.1"])[2] == "fix:   name modules that it has"
 
 
 def test_taps_that_cannot_be_paired():
