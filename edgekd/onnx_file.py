@@ -1,8 +1,9 @@
-"""An ONNX file without a recipe: compiled for a target, and timed there against ONNX Runtime."""
+"""An ONNX file without a recipe: compiled for a target, built on its board where that is done there, and timed."""
 
 from __future__ import annotations
 
 import logging
+import secrets
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -12,19 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekd import registry
+from edgekd import building, compiling, registry, tasks
 from edgekd.artifact import Artifact, Store, key_of, sha256_of
 from edgekd.backends import Backend, Engine, load_runner
-from edgekd.bench import benchmark
+from edgekd.bench import benchmark, measure_alone
 from edgekd.bench.modes import Mode
+from edgekd.compiling import ENGINE
 from edgekd.device import Device
-from edgekd.errors import RecipeError, StageError
+from edgekd.errors import RecipeError
 from edgekd.recipe import Choice
 from edgekd.target import Target
 from edgekd.tasks import Judge
 from edgekd.tasks.classification import Classification
 
-STAGE, FOLDER = "onnx-file", "engine"
+STAGE, BUILD_STAGE, FOLDER = "onnx-file", "onnx-file-build", ENGINE
 REFERENCE = Choice("onnxruntime", {})
 SAMPLES = 64
 _log = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ OnProgress = Callable[[float, str], None]
 
 
 def compile_file(model: Path, target: Target, choice: Choice, store: Store, on_progress: OnProgress) -> Artifact:
-    """The engine of an ONNX file, made by one of the target's backends or taken from the store.
+    """What one of the target's backends makes of an ONNX file, or the store has of it; its result as `compiling` says.
 
     Raises RecipeError when there is no such file, MissingError without the backend, StageError for a model that it
     cannot compile.
@@ -42,37 +44,47 @@ def compile_file(model: Path, target: Target, choice: Choice, store: Store, on_p
     backend: Backend = registry.create("backend", choice.name, options=choice.options)
     backend.require()
     spec = {"backend": choice.name, "options": choice.options, "threads": target.threads}
-    key = key_of(STAGE, 1, spec, {"onnx": sha256_of(model)})
+    key = key_of(STAGE, 2, spec, {"onnx": sha256_of(model)})
     with store.locked(key, on_wait=lambda: _log.warning("another run is compiling the same; waiting")):
         found = store.find(STAGE, key)
         if found is not None:
             return found
-        backend.kept = store.cache("compile", [backend.name])
-        backend.on_progress = on_progress
 
         def fill(out: Path) -> dict[str, Any]:
-            problems = backend.check(model)
-            if problems:
-                raise StageError(
-                    f"backend {backend.name} cannot run {model}: {problems[0]}",
-                    allowed=f"{len(problems)} problem{'s' * (len(problems) > 1)} in all",
-                    fix="choose another backend: --backend NAME",
-                )
-            folder = out / FOLDER
-            folder.mkdir()
-            facts = backend.compile(model, folder, threads=target.threads)
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            return {"backend": backend.name, "builds_on": backend.builds_on, "facts": facts, "size_bytes": size}
+            result = compiling.compiled(
+                model, out, store.work(key), backend,
+                name=str(model), threads=target.threads, store=store, on_progress=on_progress,
+            )  # fmt: skip
+            return result | {"builds_on": backend.builds_on}
 
         return store.publish(STAGE, key, fill, about=lambda: {"spec": spec, "created": _now()})
+
+
+def build_file(model: Path, compiled: Artifact, url: str, store: Store, on_progress: OnProgress) -> Artifact:
+    """The engine that the board at `url` builds of a compiled file; its result as `Backend.built` says.
+
+    The board is asked every time whether an engine that is kept still fits. Raises StageError in the board's own words.
+    """
+    spec, backend = compiled.manifest["spec"], _backend(compiled)
+    log = store.work(compiled.key) / f"{backend.name}.log"
+
+    def fill(out: Path) -> dict[str, Any]:
+        return building.build(
+            compiled.file(FOLDER), out / FOLDER, backend, _device(url, store), store,
+            name=str(model), digest=compiled.digest, log=log, on_progress=on_progress,
+        )  # fmt: skip
+
+    key = key_of(BUILD_STAGE, 1, {"url": url, "asked": secrets.token_hex(16)}, {"engine": compiled.digest})
+    return store.publish(BUILD_STAGE, key, fill, about=lambda: {"spec": spec, "created": _now()})
 
 
 def time_file(
     model: Path, compiled: Artifact, target: Target, url: str, store: Store, mode: Mode, on_progress: OnProgress
 ) -> dict[str, Any]:
-    """What `benchmark` finds of a compiled model as `student`, against ONNX Runtime running the same file as `teacher`.
+    """What `benchmark` finds of a compiled model as `student`, against ONNX Runtime running the same file as `teacher`;
+    an engine that its board built is timed alone, since such a board has no ONNX Runtime.
 
-    Both are asked about random images; `accuracy` is how often an engine names the class that ONNX Runtime names here,
+    They are asked about random images; `accuracy` is how often an engine names the class that ONNX Runtime names here,
     and `settings`, `latency` and all else are as in a report. Raises RecipeError for a model that is not from images
     [B, C, H, W] to logits [B, K].
     """
@@ -83,12 +95,17 @@ def time_file(
     if expected.ndim != 2 or len(expected) != len(images):
         raise _unfit(model, f"answers one image with {[1, *expected.shape[1:]]}")
     judge = Judge(Classification(), expected.argmax(1), expected.shape[1:])
+    student = _engine("student", compiled)
     with tempfile.TemporaryDirectory() as workdir:
-        return benchmark(
-            _engine("student", compiled), _engine("teacher", reference), samples=images, judge=judge,
-            device=Device(url, store.root / "work" / "local"), workdir=Path(workdir), mode=mode,
-            on_progress=lambda share, left_s, text: on_progress(share, text),
-        )  # fmt: skip
+        common: dict[str, Any] = {
+            "samples": images, "device": _device(url, store), "workdir": Path(workdir), "mode": mode,
+            "on_progress": lambda share, left_s, text: on_progress(share, text),
+        }  # fmt: skip
+        if compiled.stage != BUILD_STAGE:
+            return benchmark(student, _engine("teacher", reference), judge=judge, **common)
+        found, answers = measure_alone(student, answer=expected.shape[1:], **common)
+    same = tasks.summary(judge.task.quality(answers, judge.labels))
+    return found | {"accuracy": {"student": same}, "speedup": None}
 
 
 def random_images(model: Path) -> npt.NDArray[np.float32]:
@@ -104,9 +121,18 @@ def random_images(model: Path) -> npt.NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal((SAMPLES, *shape[1:])).astype(np.float32)
 
 
-def _engine(name: str, compiled: Artifact) -> Engine:
+def _backend(compiled: Artifact) -> Backend:
     spec = compiled.manifest["spec"]
-    backend: Backend = registry.create("backend", spec["backend"], options=spec["options"])
+    made: Backend = registry.create("backend", spec["backend"], options=spec["options"])
+    return made
+
+
+def _device(url: str, store: Store) -> Device:
+    return Device(url, store.root / "work" / "local")
+
+
+def _engine(name: str, compiled: Artifact) -> Engine:
+    backend = _backend(compiled)
     return Engine(name, compiled.file(FOLDER), backend.runner, backend.name, tuple(backend.libraries()))
 
 

@@ -60,6 +60,7 @@ def check(job: Job, to_make: Collection[str]) -> None:
         _check_boards(job)
     if any(stage.startswith("engine-") for stage in to_make):
         job.backend.require()
+        _check_precision(job)
     if {"bench", "kit"} & set(to_make):
         job.backend.libraries()
     if "quantize" in to_make:
@@ -84,6 +85,18 @@ def check(job: Job, to_make: Collection[str]) -> None:
                 fix="set quantize.method = ptq, or distill.method = kd",
                 key="quantize.method",
             )
+
+
+def _check_precision(job: Job) -> None:
+    """What the backend cannot compute shall not wait for the training."""
+    precision, method = job.quantizer().precision, job.recipe.quantize.method
+    if precision not in job.backend.precisions:
+        raise RecipeError(
+            f"quantize.method = {method} makes {precision}, which backend {job.backend.name} does not compute",
+            allowed=f"{job.backend.name} computes: {', '.join(job.backend.precisions)}",
+            fix="--set quantize.method=ptq, or another backend: --backend onnxruntime",
+            key="quantize.method",
+        )
 
 
 def _check_boards(job: Job) -> None:

@@ -87,12 +87,14 @@ def load(source: str) -> Target:
 
 
 def with_backend(target: Target, text: str) -> Target:
-    """The target with another backend, written as in a target's file; by its name alone, with the target's options.
+    """The target with another backend, written as in a target's file; what is not said of it is as the target has it.
 
     Raises RecipeError for a backend or an option that does not exist.
     """
-    own: dict[str, str | dict[str, Any]] = {name: {name: options} for name, options in target.choices}
-    backend = value_from_yaml(text, "--backend") if text.startswith("{") else own.get(text, text)
+    backend = value_from_yaml(text, "--backend") if text.startswith("{") else text
+    if isinstance(backend, str) or len(backend) == 1:
+        name, options = choice_from_yaml(backend)
+        backend = {name: {**dict(target.choices).get(name, {}), **options}}
     target = target.model_copy(update={"backends": [checked_choice(backend, "backend", "--backend")]})
     _check_accelerator(target)
     return target

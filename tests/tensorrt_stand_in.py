@@ -44,19 +44,26 @@ int cudaGraphInstantiateWithFlags(p *e, p g, unsigned long long f) { *e = g; ret
 int cudaGraphLaunch(p g, p s) { captured++; return 0; }
 int launches(void) { return captured; }
 """
-# A module with the interface of TensorRT 10.
+# The flags that tell releases apart.
+RELEASES = {
+    "8.6.2": {"BuilderFlag": ("FP16", "INT8", "GPU_FALLBACK"), "NetworkDefinitionCreationFlag": ("EXPLICIT_BATCH",)},
+    "10.3.0": {
+        "BuilderFlag": ("FP16", "INT8", "GPU_FALLBACK"),
+        "NetworkDefinitionCreationFlag": ("EXPLICIT_BATCH", "STRONGLY_TYPED"),
+    },
+    "11.4.1": {"BuilderFlag": ("GPU_FALLBACK",), "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",)},
+}
+# A module with the interface of TensorRT 8.5 and later; a release's version and flags come before it.
 TENSORRT = """
 import ctypes, enum, errno, json, os, pathlib, signal, time
 import numpy as np
 import os
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import onnx, onnxruntime
-__version__ = "10.3.0"
 HERE = pathlib.Path(__file__).parent
 def fault(): return (HERE / "fault").read_text() if (HERE / "fault").exists() else ""
 def flags(name, *words): return enum.IntEnum(name, {word: at for at, word in enumerate(words)})
-BuilderFlag = flags("BuilderFlag", "FP16", "INT8", "GPU_FALLBACK")
-NetworkDefinitionCreationFlag = flags("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH", "STRONGLY_TYPED")
+BuilderFlag, NetworkDefinitionCreationFlag = (flags(name, *words) for name, words in RELEASE.items())
 ProfilingVerbosity = flags("ProfilingVerbosity", "DETAILED")
 TensorIOMode = flags("TensorIOMode", "INPUT", "OUTPUT")
 LayerInformationFormat = flags("LayerInformationFormat", "JSON")
@@ -97,8 +104,10 @@ class Builder(Thing):
         if fault() == "slow":
             with open(HERE / "building", "a") as file: file.write("x")
             while fault() == "slow": time.sleep(0.02)
-        if fault() == "untyped" and network.bits & 2: return None
-        head = {"bits": network.bits, "calls": config.calls[:2], "dla": getattr(config, "DLA_core", -1)}
+        asked = [flag.name for flag in NetworkDefinitionCreationFlag if network.bits & 1 << flag]
+        if fault() == "untyped" and "STRONGLY_TYPED" in asked: return None
+        flags = [BuilderFlag(call[1]).name for call in config.calls if call[0] == "set_flag"]
+        head = {"network": asked, "flags": flags, "calls": config.calls[:2], "dla": getattr(config, "DLA_core", -1)}
         return json.dumps(head, default=str).encode() + b"\\n" + network.model
 class OnnxParser(Thing):
     def __init__(self, network, logger): self.network = network
@@ -184,7 +193,7 @@ def _compiler() -> str | None:
 class Board:
     """The folder with the stand-ins, and `python`, the interpreter of a board that has them."""
 
-    def __init__(self, folder: Path, *, module: bool = True) -> None:
+    def __init__(self, folder: Path, *, module: bool = True, release: str = "10.3.0") -> None:
         folder.mkdir(parents=True)
         self.folder, self.library, self.python = folder, folder / "libcudart.so", folder / "venv/bin/python3"
         (folder / "cudart.c").write_text(CUDART)
@@ -192,7 +201,8 @@ class Board:
         argv = [_compiler(), *options, "-o", self.library, folder / "cudart.c"]
         subprocess.run([str(word) for word in argv], check=True)
         if module:
-            (folder / "tensorrt.py").write_text(TENSORRT)
+            about = f"__version__ = {release!r}\nRELEASE = {RELEASES[release]!r}\n"
+            (folder / "tensorrt.py").write_text(about.replace("'", '"') + TENSORRT)
         else:
             (folder / "trtexec").write_text(TRTEXEC.format(python=sys.executable, folder=str(folder)))
             (folder / "trtexec").chmod(0o755)

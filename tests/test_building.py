@@ -11,11 +11,11 @@ import tensorrt_stand_in
 from tiny_job import make_job
 from tiny_model import tiny_onnx
 
-from edgekd import pipeline, stages
+from edgekd import compiling, pipeline, stages
 from edgekd.backends.tensorrt import TensorRT, built
 from edgekd.errors import StageError
-from edgekd.stages import deploying
 
+SUBJECTS = ("student", "teacher")
 pytestmark = pytest.mark.skipif(bool(tensorrt_stand_in.missing()), reason=tensorrt_stand_in.missing())
 
 
@@ -149,6 +149,28 @@ def test_what_comes_back_is_looked_at(build, board, change, what, monkeypatch):
         assert "escape" not in str(list(build().folder.rglob("*")))
 
 
+@pytest.mark.parametrize(
+    ("release", "mode", "network", "flags"),
+    [
+        ("8.6.2", "flags", ["EXPLICIT_BATCH"], ["INT8", "FP16"]),
+        ("10.3.0", "strongly typed", ["EXPLICIT_BATCH", "STRONGLY_TYPED"], []),
+        ("11.4.1", "types of the graph", [], []),
+    ],
+)
+def test_each_release_is_asked_for_int8_in_its_own_way(tmp_path, release, mode, network, flags):
+    board = tensorrt_stand_in.Board(tmp_path / "board", release=release)
+    job = make_job(tmp_path / "store", target="jetson")
+    job.device = f"local:?python={board.python}"
+    for folder in ("out", "work"):
+        (tmp_path / folder).mkdir()
+    bundle = tensorrt_stand_in.bundle(tmp_path / "bundle", int8=True, version=release)
+    made = stages.build("student", job, {"engine-student": bundle}, tmp_path / "out", tmp_path / "work")
+    assert (made["version"], made["mode"], made["tried"]) == (release, mode, [])
+    assert {row["ran"] for row in made["layers"] if row["asked"] == "int8"} == {"int8"}
+    head = json.loads((tmp_path / "out" / stages.ENGINE / "model.plan").read_bytes().partition(b"\n")[0])
+    assert (head["network"], head["flags"]) == (network, flags)
+
+
 def test_trtexec_builds_and_times_where_the_module_is_not(tmp_path):
     board = tensorrt_stand_in.Board(tmp_path / "board", module=False)
     job = make_job(tmp_path / "store", target="jetson")
@@ -161,6 +183,13 @@ def test_trtexec_builds_and_times_where_the_module_is_not(tmp_path):
     assert made["timed"]["kernels_alone"]["latency"]["median"] == 0.8
     assert made["argv"][0][1:3] == ["--onnx=model.onnx", "--saveEngine=model.plan"]
     assert made["identity"]["compute_capability"] == "8.7"
+    with pytest.raises(StageError) as caught:
+        stages.bench(job, {f"build-{name}": SimpleNamespace(result=made) for name in SUBJECTS}, tmp_path, tmp_path)
+    assert str(caught.value).splitlines() == [
+        f'error: the engines on "{job.device}" can be run by trtexec alone, which built them',
+        "       what trtexec 10.3.0 timed: student 0.8 ms, teacher 0.8 ms",
+        "fix:   see edgekd report; from TensorRT 8.5 on, with its Python module: sudo apt install python3-libnvinfer",
+    ]
     board.fails_by("memory")
     with pytest.raises(StageError, match=r"trtexec failed: Error\[2\]: out of memory"):
         other = tensorrt_stand_in.bundle(tmp_path / "other", optimization_level=1)
@@ -174,7 +203,8 @@ def test_trtexec_builds_and_times_where_the_module_is_not(tmp_path):
 def examined(tmp_path, **model):
     (tmp_path / "8.6.yaml").write_text('name: older\nbackends: [tensorrt: {version: "8.6.2"}]\n')
     job = make_job(tmp_path / "store", target=str(tmp_path / "8.6.yaml"))
-    return deploying._examined(job, "student", tiny_onnx(tmp_path / "tiny.onnx", **model), tmp_path / "log")
+    model = tiny_onnx(tmp_path / "tiny.onnx", **model)
+    return compiling.examined(model, tmp_path / "examined.log", job.backend, name="student.onnx")
 
 
 def test_what_the_release_would_refuse_is_not_compiled(tmp_path):
@@ -184,7 +214,7 @@ def test_what_the_release_would_refuse_is_not_compiled(tmp_path):
         "error: backend tensorrt cannot run student.onnx: activation: Hardmax is taken from TensorRT 10.0 on, not by"
         " 8.6.2; write it as simpler operators",
         "       1 problem in all",
-        "fix:   choose another backend in the target, or change the network",
+        "fix:   change the network, or choose another backend: --backend NAME, see edgekd list backends",
     ]
 
 

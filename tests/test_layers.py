@@ -16,8 +16,8 @@ LAYERS = (
     "errors", "yamlfile", "schedule", "registry", "artifact", "recipe", "recipe_schema", "target", "inventory", "marks",
     "stats", "tasks", "data", "activations", "networks", "methods",
     "learning_rate", "checkpoint", "teacher_logits", "training_log", "distill", "parity", "export", "quantize",
-    "backends", "device", "bench", "kit", "onnx_file", "stages", "preflight", "stage_table", "pipeline", "importing",
-    "report", "catalog", "starter", "terminal", "cli", "__main__",
+    "backends", "compiling", "device", "building", "bench", "kit", "onnx_file", "stages", "preflight", "stage_table",
+    "pipeline", "importing", "report", "catalog", "starter", "terminal", "cli", "__main__",
 )  # fmt: skip
 # Copied to the device as files: they import nothing of edgekd.
 STAND_ALONE = (

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tensorrt_stand_in
 from command_line import error
 from onnx import TensorProto, helper
+from tiny_model import tiny_onnx
 
 from edgekd import onnx_file
 from edgekd import target as targets
@@ -55,6 +57,7 @@ def test_a_file_is_compiled_once_for_each_backend_and_its_options(model, store):
     made = compiled(model, store)
     assert made.file("engine/engine.json").is_file() and made.result["backend"] == "onnxruntime"
     assert made.result["size_bytes"] == sum(file.stat().st_size for file in made.file("engine").iterdir())
+    assert (made.result["evidence"], made.result["findings"]) == ("compiled_on_host", [])
     assert compiled(model, store).manifest == made.manifest
     others = [compiled(model, store, threads=2), compiled(model, store, Choice("null", {"latency_ms": 1.0}))]
     averaging(model, ("batch", 3, 8, 8))
@@ -110,7 +113,7 @@ def test_a_file_for_a_board_that_is_not_named_is_compiled_only(model, main, tmp_
     code, out, _ = main("compile", "model.onnx", "--target", "raspberry-pi-5")
     size, why, path = out.splitlines()
     assert (code, why) == (0, "not timed; name the board: --device ssh://USER@HOST")
-    assert size.startswith("onnxruntime, ") and (Path(path) / "engine.json").is_file()
+    assert size.startswith("onnxruntime ") and "compiled_on_host" in size and (Path(path) / "engine.json").is_file()
     code, out, _ = main("compile", "model.onnx", "--target", "raspberry-pi-5", "--backend", "null", "--json")
     told = json.loads(out)
     assert (code, told["timed"], told["result"]["facts"]["runtime"]) == (0, None, "null")
@@ -124,6 +127,101 @@ def test_a_file_for_this_machine_is_timed(model, main, tmp_path, monkeypatch):
     code, out, err = main("compile", "model.onnx", "--backend", "{'null': {latency_ms: 0.5}}")
     assert code in (0, 6), err  # 6: the machine is busy
     assert "Same class" in out and "times ONNX Runtime (" in out
+
+
+# --- a Jetson, which builds its engines itself --------------------------------------------------------------------
+
+needs_stand_in = pytest.mark.skipif(bool(tensorrt_stand_in.missing()), reason=tensorrt_stand_in.missing())
+
+
+@pytest.fixture
+def jetson(main, tmp_path, monkeypatch):
+    """jetson(board, model, arguments): what the command line says of a file for a Jetson; the board stands for it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SingleStream.__init__.__kwdefaults__, "seconds", 0.3)
+
+    def run(board, model, *arguments):
+        url = f"local:?python={board.python}"
+        return main("compile", model, "--target", "jetson", "--device", url, *arguments)
+
+    return run
+
+
+@needs_stand_in
+@pytest.mark.slow
+def test_a_file_is_built_on_a_jetson_and_timed_there_by_the_same_engine(jetson, tmp_path):
+    board, model = tensorrt_stand_in.Board(tmp_path / "board"), tiny_onnx(tmp_path / "tiny.onnx")
+    code, out, err = jetson(board, model, "--json")
+    assert code in (0, 6), err
+    told = json.loads(out)
+    made, built, timed = told["result"], told["built"], told["timed"]
+    assert made["evidence"].startswith(("linted", "compiled_by_tensorrt_rtx(")) and "size_bytes" not in made
+    assert (built["evidence"], built["mode"], built["alarms"]) == ("built_on_device", "strongly typed", [])
+    assert built["size_bytes"] == (Path(told["engine"]) / "model.plan").stat().st_size
+    assert built["identity"].keys() == {
+        "onnx", "flags", "tensorrt", "compute_capability", "multiprocessors", "device", "l4t",
+    }  # fmt: skip
+    assert [(row["layer"], row["asked"], row["ran"]) for row in built["layers"]] == [
+        ("kernel", "fp32", "fp32"), ("matrix", "fp32", "fp32"),
+    ]  # fmt: skip
+    assert timed["engines"]["student"]["built"] == []  # it was sent, not built once more
+    assert timed["engines"]["student"]["parts_ms"].keys() == {"copy_in", "compute", "copy_out"}
+    assert timed["accuracy"]["student"]["score"] == 1 and timed["latency"]["student"]["p50_ms"] > 0
+    # A second time, what is kept is sent; the timing cache is kept too.
+    code, out, _ = jetson(board, model)
+    (cache,) = (tmp_path / ".edgekd").glob("cache/timing-caches/*/timing.cache")
+    assert code in (0, 6) and cache.read_bytes() == b"timed"
+    assert out.splitlines()[0].startswith("tensorrt 10.3.0 on Stand-in, built in ")
+    assert "built_on_device" in out and "copy in: " in out and "timed alone" in out
+
+
+@needs_stand_in
+def test_what_a_jetson_cannot_build_is_said_in_its_words(jetson, tmp_path):
+    board, model = tensorrt_stand_in.Board(tmp_path / "board"), tiny_onnx(tmp_path / "tiny.onnx")
+    board.fails_by("memory")
+    code, out, err = jetson(board, model, "-q")
+    assert (code, out) == (4, "")
+    what, *_, log, fix = err.splitlines()
+    assert what == f'error: no engine of {model} on "local:?python={board.python}": Cuda Runtime (out of memory)'
+    assert Path(log.partition("all of it: ")[2]).is_file() and "workspace_mib" in fix
+    assert not list((tmp_path / ".edgekd").glob("store/onnx-file-build/*"))
+
+
+@needs_stand_in
+def test_a_jetson_with_trtexec_alone_is_timed_by_it(jetson, tmp_path):
+    board = tensorrt_stand_in.Board(tmp_path / "board", module=False)
+    code, out, err = jetson(board, tiny_onnx(tmp_path / "tiny.onnx"))
+    assert code == 0, err
+    assert "timed there, kernels alone: median 0.800 ms" in out.splitlines()
+    assert "not timed; trtexec alone can run it there" in out.splitlines()
+
+
+@needs_stand_in
+def test_a_file_that_cannot_be_timed_is_built_all_the_same(jetson, tmp_path):
+    board = tensorrt_stand_in.Board(tmp_path / "board")
+    code, out, err = jetson(board, averaging(tmp_path / "model.onnx", classes=False))
+    assert code == 0, err
+    assert "answers one image with [1, 3, 1, 1]" in out and "built_on_device" in out
+
+
+def test_without_a_board_it_is_prepared_and_its_commands_are_given(main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = main("compile", tiny_onnx(tmp_path / "tiny.onnx"), "--target", "jetson")
+    prepared, untimed, first, second, folder = out.splitlines()
+    assert code == 0 and prepared.startswith("tensorrt 10.3.0, prepared; the board builds the engine; ")
+    assert untimed == "not timed; name the board: --device ssh://USER@HOST"
+    assert first == "  on the board:  cd engine && python3 -m on_device . && cd .."
+    assert "trtexec --onnx=model.onnx --saveEngine=model.plan" in second
+    assert not (Path(folder) / "model.plan").exists() and (Path(folder) / "on_device").is_dir()
+
+
+def test_what_tensorrt_would_refuse_is_not_sent(main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_onnx(tmp_path / "tiny.onnx", operator="Det")
+    code, out, err = main("compile", model, "--target", "jetson", "-q")
+    assert (code, out) == (4, "")
+    why = "activation: TensorRT has no Det; replace it in the network's forward"
+    assert error(err) == f"error: backend tensorrt cannot run {model}: {why}"
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,13 @@ def test_the_options_of_backends_are_completed(tmp_path):
     assert second == ("null", {"latency_ms": 0.0})
 
 
+@pytest.mark.parametrize("text", ["tvm", "{tvm: {tuning: quick}}"])
+def test_a_backend_on_the_command_line_is_for_the_targets_processor(text):
+    (choice,) = target.with_backend(target.load("raspberry-pi-5"), text).choices
+    assert (choice.name, choice.options["arch"], choice.options["cpu"]) == ("tvm", "aarch64", "cortex-a76")
+    assert choice.options["tuning"] == ("none" if text == "tvm" else "quick")
+
+
 @pytest.mark.parametrize(
     ("change", "lines"),
     [

@@ -61,6 +61,8 @@ class Backend(ABC):
     runner: ClassVar[Path]
     # A folder for what compiling one model learns for the next, and who is told how far it is: a share and a sentence.
     kept: Path | None = None
+    # A file for what a compiler prints, which stays also when it fails; without one, errors show the last lines alone.
+    log: Path | None = None
     on_progress: Callable[[float, str], None] = staticmethod(lambda share, text: None)
 
     @abstractmethod

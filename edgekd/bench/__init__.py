@@ -11,7 +11,7 @@ import numpy.typing as npt
 from edgekd.backends import Engine
 from edgekd.bench import end_to_end
 from edgekd.bench.arrays import array_from, quality_from_logits, table_from_latencies
-from edgekd.bench.deployment import Progress, bundle, measured_on
+from edgekd.bench.deployment import ATTEMPTS, Progress, bundle, measured_on
 from edgekd.bench.end_to_end import Pictures
 from edgekd.bench.latencies import rounds
 from edgekd.bench.modes import Mode
@@ -21,7 +21,7 @@ from edgekd.device import Device
 from edgekd.errors import RecipeError, StageError
 from edgekd.tasks import Judge
 
-__all__ = ["MIN_LAUNCHES", "benchmark", "bundle", "measure_part", "settings_of"]
+__all__ = ["MIN_LAUNCHES", "benchmark", "bundle", "measure_alone", "settings_of"]
 
 MIN_LAUNCHES = 6  # fewer give no 95 % interval: see stats.median_interval
 MAX_STRETCH = 6  # a slow engine may take this many times the seconds asked for to reach MIN_QUERIES
@@ -76,11 +76,11 @@ def benchmark(
     }
 
 
-def measure_part(
-    part: Engine,
+def measure_alone(
+    engine: Engine,
     *,
     samples: npt.NDArray[np.float32],
-    features: int,
+    answer: tuple[int, ...],
     device: Device,
     workdir: Path,
     mode: Mode,
@@ -88,30 +88,37 @@ def measure_part(
     lock_clocks: bool = False,
     seed: int = 0,
     on_progress: Progress | None = None,
+    attempts: int = ATTEMPTS,
 ) -> tuple[dict[str, Any], npt.NDArray[np.float32]]:
-    """Measure one part of a spread student on its `device`: {status, p50_ms, ...}, and its answers, float32 [N, F].
+    """Measure one `engine` on its `device`, with nothing to compare it to; and its answers, float32 [N, *answer].
 
-    samples: float32 [N, C, H, W]; features: F; the rest as for `benchmark`. What is interrupted is lost: nobody would
-    wait for the answer. Raises StageError then, and for answers that are not finite.
+    samples: float32 [N, C, H, W]; attempts: 1 not to go on after an interruption; the rest as for `benchmark`, of which
+    status, reasons, latency, device and engines are returned. Raises StageError as that does, and for answers that are
+    not finite.
     """
     settings = settings_of(mode, None, launches=launches, lock_clocks=lock_clocks, seed=seed)
     workdir.mkdir(parents=True, exist_ok=True)
     measured = measured_on(
-        device, {part.name: part}, samples, settings, workdir, pictures=None,
-        timeout=_timeout(launches, mode, samples), on_progress=on_progress, attempts=1,
+        device, {engine.name: engine}, samples, settings, workdir, pictures=None,
+        timeout=_timeout(launches, mode, samples), on_progress=on_progress, attempts=attempts,
     )  # fmt: skip
-    table = table_from_latencies(workdir / f"{part.name}_latency.npy", part.name)
-    answers = array_from(workdir / f"{part.name}_logits.npy")
-    if answers.shape != (len(samples), features) or not np.isfinite(answers).all():
+    table = table_from_latencies(workdir / f"{engine.name}_latency.npy", engine.name)
+    answers = array_from(workdir / f"{engine.name}_logits.npy")
+    if answers.shape != (len(samples), *answer) or not np.isfinite(answers).all():
         raise StageError(
-            f'{part.name} on "{device.url}" gave features {list(answers.shape)}, or some that are not finite',
-            allowed=f"expected: finite numbers {[len(samples), features]}",
+            f'{engine.name} on "{device.url}" answered {list(answers.shape)}, or some numbers are not finite',
+            allowed=f"expected: finite numbers {[len(samples), *answer]}",
             fix="check the precision, and see whether the engine runs by itself",
         )
-    reasons = invalid_because(measured, {part.name: table}, mode)
-    timed = latency(mode.headline(table), measured["models"][part.name], part.name)
-    found = {"status": "INVALID" if reasons else "VALID", "reasons": reasons}
-    return found | {name: timed[name] for name in ("p50_ms", "p99_ms")}, answers
+    reasons = invalid_because(measured, {engine.name: table}, mode)
+    launched = measured["models"][engine.name]
+    return {
+        "status": "INVALID" if reasons else "VALID",
+        "reasons": reasons,
+        "latency": {engine.name: latency(mode.headline(table), launched, engine.name)},
+        "device": measured["device"],
+        "engines": {engine.name: launched[0]["facts"]},
+    }, answers
 
 
 def _timeout(launches: int, mode: Mode, samples: npt.NDArray[np.float32]) -> float:

@@ -107,9 +107,8 @@ def _opset(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
 
 def _type(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
     codes = graph.constants.get(node.input[0])
-    if node.op_type == "DequantizeLinear" and codes is not None and codes.dtype not in (np.int8, np.uint8):
-        reason = f"it dequantizes {codes.dtype.name.upper()}, as a bias"
-        yield from _found(node, "type", reason, "keep biases in float")
+    if node.op_type == "DequantizeLinear" and codes is not None and codes.dtype == np.int32:
+        yield from _found(node, "type", "it dequantizes INT32, as a bias", "keep biases in float")
 
 
 def _integer_constant(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ def engines(artifacts: Artifacts) -> dict[str, CompiledEngine]:
     for subject in ("student", "teacher"):
         if f"build-{subject}" in artifacts:
             found[subject] = _built(artifacts[f"build-{subject}"].result, artifacts[f"engine-{subject}"].result)
+            found[subject].facts.update(_parts(artifacts, subject))
         elif f"engine-{subject}" in artifacts:
             found[subject] = _compiled(artifacts[f"engine-{subject}"].result)
     return found
@@ -63,6 +64,12 @@ def _built(result: Mapping[str, Any], engine: Mapping[str, Any]) -> CompiledEngi
     )
 
 
+def _parts(artifacts: Artifacts, subject: str) -> dict[str, str]:
+    """What of an inference is copying, by the device's own clock, where its runner tells the parts apart."""
+    measured = artifacts["bench"].result["engines"].get(subject, {}) if "bench" in artifacts else {}
+    return {f"{name.replace('_', ' ')}, median": milliseconds(ms) for name, ms in measured.get("parts_ms", {}).items()}
+
+
 def _findings(engine: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{name: row[name] for name in ("node", "reason", "fix")} for row in engine["findings"]]
 
@@ -80,6 +87,8 @@ def claims(artifacts: Artifacts) -> list[Claim]:
             found.append(Claim(subject="layers", evidence=student.evidence, basis=basis))
         if student.size_bytes is not None:
             found.append(Claim(subject="engine size", evidence=student.evidence, basis=basis))
+        if "bench" not in artifacts and _timed_by_its_builder(artifacts):
+            found.append(Claim(subject="latency", evidence=MEASURED, basis=basis))
     if "bench" in artifacts:
         bench = artifacts["bench"].result
         basis = f"{bench['device']['model'] or bench['device']['cpu']}, {bench['url'].partition('?')[0]}"
@@ -93,6 +102,11 @@ def claims(artifacts: Artifacts) -> list[Claim]:
         basis = f"the artifact {'engine-student' if compiled else last}, on this machine"
         found.append(Claim(subject="accuracy", evidence=MEASURED_ON_HOST, basis=basis))
     return found
+
+
+def _timed_by_its_builder(artifacts: Artifacts) -> bool:
+    built = artifacts.get("build-student")
+    return built is not None and any("latency" in times for times in built.result.get("timed", {}).values())
 
 
 def engine_size(artifacts: Artifacts) -> int | None:

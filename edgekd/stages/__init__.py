@@ -4,13 +4,13 @@ and scratch that survives a kill. It returns the result that goes into the manif
 torch is imported inside the stages that train or export: planning and reporting work without it.
 """
 
+from edgekd.compiling import ENGINE
 from edgekd.stages.attacking import attack
 from edgekd.stages.boards import boards
-from edgekd.stages.building import build
 from edgekd.stages.corrupting import corrupt
-from edgekd.stages.deploying import bench, engine
+from edgekd.stages.deploying import bench, build, engine
 from edgekd.stages.exporting import onnx, quantize
-from edgekd.stages.job import CURVES, ENGINE, LABELS, LOGITS, MODEL, WEIGHTS, Inputs, Job
+from edgekd.stages.job import CURVES, LABELS, LOGITS, MODEL, WEIGHTS, Inputs, Job
 from edgekd.stages.packing import ARCHIVE, code_sha256, pack
 from edgekd.stages.spreading import parts
 from edgekd.stages.training import finetune, finetuning, scratch, student, teacher

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from edgekd.backends import Engine
-from edgekd.bench import measure_part
+from edgekd.bench import measure_alone
+from edgekd.compiling import ENGINE, size_of
 from edgekd.errors import BoardFailed, MissingError, StageError
-from edgekd.stages.deploying import benchmark_options, compiled, size_of
+from edgekd.stages.deploying import benchmark_options, compiled
 from edgekd.stages.exporting import reference
 from edgekd.stages.job import LABELS, Inputs, Job
 from edgekd.stages.spreading import FEATURES, HEAD, part_file, silences
@@ -35,11 +35,14 @@ def boards(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for number, ((name, board), engine) in enumerate(zip(job.boards.items(), engines, strict=True)):
         try:
-            found, heard[:, number] = measure_part(
-                engine, samples=samples, features=features, device=board.open_device(),
-                workdir=work / "session" / name, mode=job.mode(), **benchmark_options(job),
+            # What is interrupted is lost: the other boards would wait for it.
+            alone, heard[:, number] = measure_alone(
+                engine, samples=samples, answer=(features,), device=board.open_device(),
+                workdir=work / "session" / name, mode=job.mode(), **benchmark_options(job), attempts=1,
                 on_progress=partial(_tell, job, name, number),
             )  # fmt: skip
+            found = {"status": alone["status"], "reasons": alone["reasons"]}
+            found |= {key: alone["latency"][engine.name][key] for key in ("p50_ms", "p99_ms")}
         except (StageError, MissingError) as error:
             _log.warning("%s is silent: %s", name, error.what)
             found = {"status": "SILENT", "reasons": [error.what], "p50_ms": None, "p99_ms": None}
@@ -63,8 +66,9 @@ def _engine(job: Job, number: int, model: Path, work: Path) -> Engine:
     board.on_progress = lambda share, text: job.on_progress(0.0, f"{name}: {text}")
     folder = work / "compiled" / name
     folder.mkdir(parents=True)
-    engine, _ = compiled(model.stem, board, model, folder)
-    return replace(engine, libraries=tuple(board.backend.libraries()))
+    compiled(model.stem, board, model, folder, folder)
+    backend = board.backend
+    return Engine(model.stem, folder / ENGINE, backend.runner, backend.name, tuple(backend.libraries()))
 
 
 def _tell(job: Job, name: str, number: int, share: float, left_s: float, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The stages that compile and measure."""
+"""The stages that compile, build and measure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from edgekd import backends
+from edgekd import backends, building, compiling
 from edgekd.artifact import LOG
 from edgekd.backends import Engine
 from edgekd.bench import benchmark, loadgen
 from edgekd.bench.end_to_end import Pictures
+from edgekd.compiling import ENGINE
 from edgekd.errors import StageError
-from edgekd.stages.job import ENGINE, LABELS, LOGITS, MODEL, Inputs, Job, test_logits
+from edgekd.stages.job import LABELS, LOGITS, MODEL, Inputs, Job, test_logits
 
 PICTURES = 64  # stored images that are timed end to end, again and again
 
@@ -23,64 +24,39 @@ PICTURES = 64  # stored images that are timed end to end, again and again
 def engine(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     """Compile a model for the target's preferred backend; where what it made runs here, measure it."""
     model = _dialect(job, inputs, work) if "quantize" in inputs else inputs[f"onnx-{subject}"].file(MODEL)
-    built, result = compiled(subject, job, model, out)
-    if job.backend.builds_on == "host":
-        result["evidence"] = "compiled_on_host"
-        result["size_bytes"] = size_of(built.folder)
+    result = compiled(subject, job, model, out, work)
     if job.backend.runs_here:
         job.on_progress(0.5, "measuring the engine")
-        run = backends.load_runner(built).run
+        run = backends.load_runner(Engine(subject, out / ENGINE, job.backend.runner, job.backend.name)).run
         logits = test_logits(job, run)
         np.save(out / LOGITS, logits)
         result |= job.measured(logits)
     return result
 
 
-def compiled(subject: str, job: Job, model: Path, out: Path) -> tuple[Engine, dict[str, Any]]:
-    """The engine that the job's backend makes of a model, in the folder `out`, and what is known of it."""
-    found = _examined(job, subject, model, out / LOG)
-    job.on_progress(0.2, f"compiling for {job.backend.name}")
-    built = Engine(subject, out / ENGINE, job.backend.runner, job.backend.name)
-    built.folder.mkdir()
-    job.backend.kept = job.store.cache("compile", [job.backend.name])
-    job.backend.on_progress = lambda share, text: job.on_progress(0.2 + 0.3 * share, text)
-    facts = job.backend.compile(model, built.folder, threads=job.target.threads)
-    return built, {"backend": job.backend.name, "facts": facts, **found}
+def compiled(subject: str, job: Job, model: Path, out: Path, work: Path) -> dict[str, Any]:
+    """What the job's backend makes of a model, in the folder `out`; see `edgekd.compiling`."""
+    return compiling.compiled(
+        model, out, work, job.backend, name=f"{subject}.onnx", threads=job.target.threads, store=job.store,
+        on_progress=lambda share, text: job.on_progress(0.2 + 0.3 * share, text),
+    )  # fmt: skip
 
 
-def _examined(job: Job, subject: str, model: Path, log: Path) -> dict[str, Any]:
-    """What is known of a model before its device is reached: {evidence, findings, compiled}. Raises StageError when its
-    compiler would refuse it; one that crashes or hangs, and is not the one that will compile it, proves nothing."""
-    log.mkdir()
-    try:
-        found = job.backend.examine(model, log / "compiler.log")
-    except StageError as error:
-        if job.backend.builds_on == "host":
-            raise
-        problems = [{"node": "", "reason": one, "fix": "", "effect": "rejected"} for one in job.backend.check(model)]
-        found = {"evidence": "linted", "findings": problems, "compiled": {"alarms": [error.what], "refused": []}}
-    compiled = found["compiled"] or {}
-    reasons = [
-        f"{row['node']}: {row['reason']}; {row['fix']}" if row["node"] else row["reason"]
-        for row in found["findings"]
-        if row["effect"] == "rejected"
-    ] or list(compiled.get("refused", ()))
-    if reasons:
-        raise StageError(
-            f"backend {job.backend.name} cannot run {subject}.onnx: {reasons[0]}",
-            allowed=f"{len(reasons)} problem{'s' * (len(reasons) > 1)} in all",
-            fix="choose another backend in the target, or change the network",
-        )
-    known = {name: compiled[name] for name in ("compiler", "kernels", "alarms") if name in compiled}
-    return {
-        "evidence": found["evidence"],
-        "findings": [{name: row[name] for name in ("node", "reason", "fix")} for row in found["findings"]],
-        "compiled": {**known, "layers": compiled.get("precisions", [])} if compiled else None,
-    }
+def build(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
+    """Build the engine on the very board that runs it; see `edgekd.building`."""
+    bundle, log = inputs[f"engine-{subject}"], work / f"{job.backend.name}.log"
+    result = building.build(
+        bundle.file(ENGINE), out / ENGINE, job.backend, job.open_device(), job.store,
+        name=f"the {subject}", digest=bundle.digest, log=log, on_progress=job.on_progress,
+    )  # fmt: skip
+    (out / LOG).mkdir()
+    shutil.copyfile(log, out / LOG / log.name)
+    return result
 
 
 def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     """Deploy both engines to the device and measure them there, interleaved, for speed and accuracy."""
+    _check_can_be_asked(job, inputs)
     spec = job.recipe.benchmark
     judge = job.dataset.judge("test", spec.accuracy_samples)
     engines = {subject: engine_of(subject, job, inputs) for subject in ("student", "teacher")}
@@ -103,6 +79,26 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     if not job.has_test:  # timed on noise, whose labels mean nothing
         found |= {"accuracy": {"student": {}, "teacher": {}}, "accuracy_change": None}
     return found
+
+
+def _check_can_be_asked(job: Job, inputs: Inputs) -> None:
+    """Raises StageError where engines were built by a program that alone can run them, and has timed them."""
+    timed = {
+        name: inputs[name].result.get("timed", {}) for name in ("build-student", "build-teacher") if name in inputs
+    }
+    if not all(timed.values()) or not timed:
+        return
+    build = inputs["build-student"].result
+    medians = [
+        f"{name.removeprefix('build-')} {times['kernels_alone']['latency']['median']:g} ms"
+        for name, times in timed.items()
+        if "latency" in times.get("kernels_alone", {})
+    ]
+    raise StageError(
+        f'the engines on "{build["url"]}" can be run by {build["module"]} alone, which built them',
+        allowed=f"what {build['module']} {build['version']} timed: {', '.join(medians) or 'nothing'}",
+        fix="see edgekd report; from TensorRT 8.5 on, with its Python module: sudo apt install python3-libnvinfer",
+    )
 
 
 def pictures_of(job: Job) -> Pictures | None:
@@ -135,8 +131,3 @@ def _dialect(job: Job, inputs: Inputs, work: Path) -> Path:
     file = work / MODEL
     onnx.save(dialects.translated(onnx.load(inputs["quantize"].file(MODEL)), job.backend.dialect), file)
     return file
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

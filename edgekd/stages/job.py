@@ -34,8 +34,6 @@ LOGITS = "test_logits.npy"
 LABELS = "test_labels.npy"
 CURVES = "activations.json"
 MODEL = "model.onnx"
-# What a backend compiled: the folder that goes to the device, and nothing else of the artifact.
-ENGINE = "engine"
 _log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]

@@ -7,9 +7,10 @@ from typing import Any
 
 from edgekd import bench, kit
 from edgekd.artifact import key_of, sha256_of
+from edgekd.compiling import ENGINE
 from edgekd.device import AGENT
 from edgekd.stages.deploying import benchmark_options, engine_of, pictures_of
-from edgekd.stages.job import ENGINE, MODEL, Inputs, Job
+from edgekd.stages.job import MODEL, Inputs, Job
 
 ARCHIVE = "edgekd-kit.tar.gz"
 

@@ -56,6 +56,11 @@ def head(engine):
     return json.loads((engine.folder / "model.plan").read_bytes().partition(b"\n")[0])
 
 
+def table(engine):
+    """Its layers, as the build left them."""
+    return layers.layers_from_json((engine.folder / "layers.json").read_text())
+
+
 def forget():
     """A device's process starts without these."""
     for name in [name for name in sys.modules if name.partition(".")[0] in ("on_device", "tensorrt")]:
@@ -75,8 +80,7 @@ def test_an_engine_is_built_where_it_runs_and_answers_in_any_batch(board, bundle
     assert runner.facts["identity"]["compute_capability"] == "8.7"
     built = json.loads((engine.folder / "build.json").read_text())
     assert built["refused"] == [] and built["identity"]["multiprocessors"] == 8
-    assert [layer["name"] for layer in runner.facts["layers"]] == ["conv", "classifier"]
-    assert runner.facts["fell_back_to_gpu"] == []
+    assert [row["name"] for row in table(engine)] == ["conv", "classifier"]
     assert (engine.folder / "timing.cache").read_bytes() == b"timed"
 
 
@@ -163,7 +167,8 @@ def test_without_tensorrt_the_package_is_named(bundle, monkeypatch):
 
 def test_what_an_accelerator_left_to_the_gpu_is_said(board, bundle):
     engine = bundle(dla_core=1)
-    assert load_runner(engine).facts["fell_back_to_gpu"] == ["classifier"]
+    load_runner(engine)
+    assert layers.on_the_gpu(table(engine)) == ["classifier"]
     assert ["set_flag", 2] in head(engine)["calls"]
 
 

@@ -104,7 +104,9 @@ def test_what_tensorrt_rtx_compiled_shows_layers_and_no_size():
 def test_what_the_board_built_is_claimed_as_built_there():
     artifacts = {"engine-student": artifact(**ENGINE), "build-student": artifact(**BUILD)}
     built = "built_on_device"
-    assert claimed(artifacts) == [("acceptance", built), ("layers", built), ("engine size", built)]
+    assert claimed(artifacts) == [
+        ("acceptance", built), ("layers", built), ("engine size", built), ("latency", "measured_on_device"),
+    ]  # fmt: skip
     assert evidence.engine_size(artifacts) == 77
     assert evidence.claims(artifacts)[0].basis == "tensorrt 10.3.0 on Orin"
     facts = evidence.engines(artifacts)["student"].facts

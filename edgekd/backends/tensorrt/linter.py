@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import onnx
@@ -146,6 +145,8 @@ def _resize(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
     policy = attributes(node).get("keep_aspect_ratio_policy", b"stretch").decode()
     if policy != "stretch":
         yield _found(node, "resize", f"its aspect ratio policy is {policy}", "give the size of both axes")
+    if attributes(node).get("coordinate_transformation_mode", b"half_pixel") == b"tf_crop_and_resize":
+        yield _found(node, "resize", "its coordinates are of a part of the image", "crop first, then resize")
 
 
 def _topk(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
@@ -154,6 +155,13 @@ def _topk(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
         yield _found(node, "topk", "its k is not constant", "fix k in the network's forward")
     elif int(np.max(k)) >= _MOST_FOUND:
         yield _found(node, "topk", f"its k is {int(np.max(k))}", f"ask for fewer than {_MOST_FOUND}")
+    if not attributes(node).get("sorted", 1):
+        yield _found(node, "topk", "it leaves the values unsorted", "ask for sorted values")
+
+
+def _normalization(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
+    if any(node.output[1:]):
+        yield _found(node, "normalization", "it gives mean and deviation too", "normalise without these outputs")
 
 
 def _scatter(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
@@ -195,19 +203,33 @@ def _axes(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
 
 
 def _pair_type(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
-    """16 bits are refused where the zero point, which names the type, is read."""
+    """Codes that no release takes; of 8-bit floats, that no chip before Thor's computes."""
+    for kind in sorted(_kinds(node, graph)):
+        if kind.startswith("float8"):
+            reason = f"its codes are {kind.upper()}, which Orin and older chips do not compute"
+            yield _found(node, "type", reason, "quantize to INT8")
+        elif kind in ("int16", "uint16", "uint4"):
+            yield _found(node, "type", f"its codes are {kind.upper()}", "quantize to symmetric INT8")
+
+
+def _four_bits(node: onnx.NodeProto, graph: Graph) -> Iterator[Finding]:
+    if "int4" in _kinds(node, graph):
+        yield _found(node, "type", "its codes are INT4, taken from TensorRT 10.0 on", "quantize to INT8")
+
+
+def _kinds(node: onnx.NodeProto, graph: Graph) -> set[str]:
+    """The types of a rounding's codes, as far as constants say: the codes themselves, or the zero point."""
     names = (node.input[0], *node.input[2:3]) if node.op_type == "DequantizeLinear" else node.input[2:3]
-    kinds: set[Any] = {graph.constants[name].dtype.name for name in names if name in graph.constants}
-    for kind in sorted(kinds & {"int16", "uint16"}):
-        yield _found(node, "type", f"its codes are {kind.upper()}", "quantize to 8 bits")
+    return {str(graph.constants[name].dtype.name) for name in names if name in graph.constants}
 
 
 _BY_OPERATOR: dict[str, tuple[Callable[[onnx.NodeProto, Graph], Iterator[Finding]], ...]] = {
     **dict.fromkeys(_POOLS, (_pool,)),
     **dict.fromkeys(_AXES, (_axes,)),
-    **dict.fromkeys(PAIR, (_pair_type,)),
+    **dict.fromkeys(PAIR, (_pair_type, _four_bits)),
     **dict.fromkeys(("Conv", "ConvTranspose"), (_weights,)),
     "Einsum": (_einsum,),
+    "LayerNormalization": (_normalization,),
     "NonMaxSuppression": (_limits,),
     "OneHot": (_depth,),
     "Resize": (_resize,),
@@ -217,6 +239,7 @@ _BY_OPERATOR: dict[str, tuple[Callable[[onnx.NodeProto, Graph], Iterator[Finding
 # Restrictions that a release has lifted.
 _UNTIL: dict[Callable[[onnx.NodeProto, Graph], Iterator[Finding]], tuple[int, ...]] = {
     _einsum: (10, 0),
+    _four_bits: (10, 0),
     _weights: (8, 5),
     _limits: (8, 5),
 }

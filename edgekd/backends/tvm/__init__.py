@@ -83,13 +83,12 @@ class Tvm(Backend):
         self.require()
         if problems := _invalid(onnx):
             return problems
-        result = child.run({"onnx": str(onnx), **self._asked(1), "tuning": None}, self.timeout)
+        result = child.run({"onnx": str(onnx), **self._asked(1), "tuning": None}, self.timeout, self.log)
         return [f"tvm cannot compile {onnx.name}: {reason}" for reason in result["refused"]]
 
     def compile(self, onnx: Path, out: Path, *, threads: int) -> dict[str, Any]:
-        """Compile in a process of its own and write the engine, what it needs of the processor, and the log."""
+        """Compile in a process of its own and write the engine and what it needs of the processor."""
         self.require()
-        (out / "log").mkdir(exist_ok=True)
         refused = _invalid(onnx)
         result = {} if refused else self._compiled(onnx, out, threads)
         if reasons := refused or result["refused"]:
@@ -114,7 +113,7 @@ class Tvm(Backend):
                 if progress.is_file():
                     self.on_progress(*json.loads(progress.read_text(encoding="utf-8")))
 
-            return child.run(job, self.timeout + 60 * minutes, out / "log" / "tvm.log", watch=tell)
+            return child.run(job, self.timeout + 60 * minutes, self.log, watch=tell)
 
     def _asked(self, threads: int) -> dict[str, Any]:
         options = {"arch": self.arch, "cpu": self.cpu, "linker": self.linker, "tracker": self.tracker}

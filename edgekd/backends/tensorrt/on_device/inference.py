@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .build import LAYERS, PLAN, build, module, settings_of
+from .build import PLAN, build, module, settings_of
 from .cuda import TO_DEVICE, TO_HOST, Cuda
 from .identity import ENVIRONMENT, ensured, environment
-from .layers import layers_from_json, on_the_gpu
 
 TIMED = 20  # queries whose parts are timed once, at the start
 
@@ -51,18 +50,19 @@ class Runner:
             "build_seconds": built["seconds"],
             "identity": {name: here[name] for name in ENVIRONMENT},
             "parts_ms": self.parts(np.zeros((1 if self._batch == -1 else self._batch, *self._image), np.float32)),
-            **_layers(folder, settings["dla_core"] >= 0),
         }  # type: dict[str, Any]
 
     def _open(self, trt: Any, settings: dict[str, Any]) -> None:
-        """One input [B, C, H, W] and one output [B, K], both float32, and memory for the largest batch."""
+        """One input and one output, [B, C, H, W] and [B, K] or a map of that, and memory for the largest batch."""
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         if len(names) != 2 or len(inputs) != 1:
             raise EngineError("the engine has the tensors {}, not one input and one output".format(", ".join(names)))
         self._input, self._output = inputs[0], next(name for name in names if name != inputs[0])
         shape = tuple(self._engine.get_tensor_shape(self._input))
-        self._image, self._classes = shape[1:], tuple(self._engine.get_tensor_shape(self._output))[1]
+        self._image, self._answer = shape[1:], tuple(self._engine.get_tensor_shape(self._output))[1:]
+        if -1 in self._image + self._answer:
+            raise EngineError(f"the engine leaves open what it takes or answers: {self._image} to {self._answer}")
         self._batch = shape[0]  # -1: any up to the largest
         self._most = settings["max_batch"] if self._batch == -1 else self._batch
         self._cuda = Cuda()
@@ -70,23 +70,23 @@ class Runner:
         self._events = [self._cuda.event() for _ in range(4)]
         self._on_device = {
             self._input: self._cuda.allocate(4 * self._most * int(np.prod(self._image))),
-            self._output: self._cuda.allocate(4 * self._most * self._classes),
+            self._output: self._cuda.allocate(4 * self._most * int(np.prod(self._answer))),
         }
         for name, address in self._on_device.items():
             self._context.set_tensor_address(name, address)
         self._graphs = {} if settings["cuda_graph"] else None  # type: dict[int, int] | None  # by batch size
 
     def run(self, x: np.ndarray) -> np.ndarray:
-        """Logits float32 [B, K] of normalised images x float32 [B, C, H, W]."""
+        """Logits float32 [B, K], or [B, K, H, W] of maps, for normalised images x float32 [B, C, H, W]."""
         if len(x) > self._most:
             return np.concatenate([self.run(x[at : at + self._most]) for at in range(0, len(x), self._most)])
-        logits = np.empty((len(x), self._classes), np.float32)
+        logits = np.empty((len(x), *self._answer), np.float32)
         self._query(np.ascontiguousarray(x, np.float32), logits, timed=False)
         return logits
 
     def parts(self, x: np.ndarray) -> dict[str, float]:
         """Median milliseconds of the copy in, the kernels and the copy out, by the device's own clock."""
-        logits, rows = np.empty((len(x), self._classes), np.float32), []
+        logits, rows = np.empty((len(x), *self._answer), np.float32), []
         for _ in range(TIMED):
             self._query(x, logits, timed=True)
             between = zip(self._events, self._events[1:])
@@ -122,13 +122,6 @@ class Runner:
             self._cuda.begin_capture(self._stream)
             self._context.execute_async_v3(self._stream)
             self._graphs[shape[0]] = self._cuda.end_capture(self._stream)
-
-
-def _layers(folder: str, accelerated: bool) -> dict[str, Any]:
-    """What the engine is made of. An accelerator hands what it cannot compute to the GPU without a word."""
-    with open(os.path.join(folder, LAYERS), encoding="utf-8") as file:
-        rows = layers_from_json(file.read())
-    return {"layers": rows, "fell_back_to_gpu": on_the_gpu(rows) if accelerated else []}
 
 
 def _module(settings: dict[str, Any]) -> Any:

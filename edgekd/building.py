@@ -1,19 +1,18 @@
-"""The stage that builds engines on the very board that runs them."""
+"""Engines that are built on the very board that runs them: sent, built, fetched, and kept for boards like it."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifact import LOG, Store, sha256_of
-from edgekd.device import JSON_LIMIT_BYTES, Finished, last_lines, parsed
-from edgekd.device import Job as There
+from edgekd.artifact import Store, sha256_of
+from edgekd.backends import Backend
+from edgekd.device import JSON_LIMIT_BYTES, Device, Finished, Job, last_lines, parsed
 from edgekd.errors import ConnectionLost, StageError
-from edgekd.stages.job import ENGINE, Inputs, Job
 
 _log = logging.getLogger(__name__)
 
@@ -26,40 +25,52 @@ KEY_TIMEOUT_S = 180.0
 ATTEMPTS = 5  # to build again after the connection was lost
 
 
-def build(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
+def build(
+    bundle: Path,
+    folder: Path,
+    backend: Backend,
+    device: Device,
+    store: Store,
+    *,
+    name: str,
+    digest: str,
+    log: Path,
+    on_progress: Callable[[float, str], None],
+) -> dict[str, Any]:
     """Make the engine on the device, unless one is kept that belongs to it; fetch it with all that the build says.
 
     Engines are kept by what they belong to (model, flags, versions, board), timing caches by all of that but the model.
+
+    bundle: what the backend compiled, with `digest`; folder: a new one for it and the engine; name: of the model in
+    errors; log: a file for what the build prints.
+
+    Returns what `Backend.built` does, and backend, url, reused. Raises StageError in the board's own words.
     """
-    bundle, name = inputs[f"engine-{subject}"], job.backend.name
-    folder, log, device = out / ENGINE, work / f"{job.backend.name}.log", job.open_device()
-    shutil.copytree(bundle.file(ENGINE), folder)
+    shutil.copytree(bundle, folder)
     # Named by what is built: an engine that was finished when the connection was lost is not built again.
-    files = dict(job.backend.built_files)
+    files = dict(backend.built_files)
     if not device.transport.recorded:
-        files[job.backend.built_engine] = ENGINE_LIMIT_BYTES
-    turn = device.reserved(lambda text: job.on_progress(0.1, text))
-    with turn, device.job(f"build-{bundle.digest[:16]}") as there:
+        files[backend.built_engine] = ENGINE_LIMIT_BYTES
+    turn = device.reserved(lambda text: on_progress(0.1, text))
+    with turn, device.job(f"build-{digest[:16]}") as there:
         there.put({file.name: file for file in folder.iterdir()})
-        key = _key(there, subject, name)
-        kept = Kept(job.store, key)
+        key = _key(there, name, backend.name)
+        kept = _Kept(store, key)
         there.put(kept.files(files))
-        job.on_progress(0.2, f"building on {device.url}")
+        on_progress(0.2, f"building on {device.url}")
         finished = _ended(there)
         log.write_text(finished.stdout, encoding="utf-8")
         if finished.status:
-            raise _failed(finished, subject, device.url, log)
-        job.on_progress(0.9, "fetching the engine")
+            raise _failed(finished, name, device.url, log)
+        on_progress(0.9, "fetching the engine")
         _fetch(there, files, folder, key)
-    (out / LOG).mkdir()
-    shutil.copyfile(log, out / LOG / log.name)
     reused = kept.is_there and (folder / RESULT).read_bytes() == kept.result.read_bytes()
     if not device.transport.recorded:
         kept.keep(folder, files)
-    return {"backend": name, "url": device.url, "reused": reused, **job.backend.built(folder)}
+    return {"backend": backend.name, "url": device.url, "reused": reused, **backend.built(folder)}
 
 
-class Kept:
+class _Kept:
     """What earlier builds left that were made for the same `key`, and their timing cache for the same board."""
 
     def __init__(self, store: Store, key: Mapping[str, Any]) -> None:
@@ -87,15 +98,15 @@ class Kept:
                 part.replace(target / file.name)
 
 
-def _key(there: There, subject: str, backend: str) -> dict[str, Any]:
+def _key(there: Job, name: str, backend: str) -> dict[str, Any]:
     """What an engine that is made there would belong to."""
     finished = there.run([there.python, *BUILD, "--key"], timeout=KEY_TIMEOUT_S)
     if finished.status:
-        raise _failed(finished, subject, there.device.url, None)
+        raise _failed(finished, name, there.device.url, None)
     return parsed(finished.stdout.rstrip().rpartition("\n")[2], f"the key of {backend} on {there.device.url}")
 
 
-def _ended(there: There) -> Finished:
+def _ended(there: Job) -> Finished:
     """The build's end. The device ends it when we are gone; made again, it finds what was finished."""
     for _ in range(ATTEMPTS - 1):
         try:
@@ -105,7 +116,7 @@ def _ended(there: There) -> Finished:
     return there.run([there.python, *BUILD], timeout=TIMEOUT_S)
 
 
-def _fetch(there: There, names: Mapping[str, int], folder: Path, key: Mapping[str, Any]) -> None:
+def _fetch(there: Job, names: Mapping[str, int], folder: Path, key: Mapping[str, Any]) -> None:
     """Get what build.json lists, of the files that a build may leave, and no other."""
     there.get(RESULT, folder / RESULT, limit_bytes=JSON_LIMIT_BYTES)
     built = parsed((folder / RESULT).read_text(encoding="utf-8", errors="replace"), "the build's build.json")
@@ -127,7 +138,7 @@ def _fetch(there: There, names: Mapping[str, int], folder: Path, key: Mapping[st
                 )
 
 
-def _failed(finished: Finished, subject: str, url: str, log: Path | None) -> StageError:
+def _failed(finished: Finished, name: str, url: str, log: Path | None) -> StageError:
     """Why there is no engine, in the board's own words."""
     reason = finished.stderr_tail[-1] if finished.status == 1 and finished.stderr_tail else ""
     what, fix = reason or f"its build ended with exit status {finished.status}", "see: edgekd check MODEL.onnx"
@@ -143,7 +154,7 @@ def _failed(finished: Finished, subject: str, url: str, log: Path | None) -> Sta
         fix = "edgekd list targets"
     said = last_lines(finished.stderr_tail or tuple(finished.stdout.splitlines()))
     return StageError(
-        f'no engine of the {subject} on "{url}": {what}',
+        f'no engine of {name} on "{url}": {what}',
         allowed=said + (f"\n       all of it: {log}" if log else ""),
         fix=fix,
     )
