@@ -59,8 +59,8 @@ def check(job: Job, to_make: Collection[str]) -> None:
     if "boards" in to_make:
         _check_boards(job)
     if any(stage.startswith("engine-") for stage in to_make):
-        job.backend.require()
         _check_precision(job)
+        job.backend.require()
     if {"bench", "kit"} & set(to_make):
         job.backend.libraries()
     if "quantize" in to_make:

@@ -10,6 +10,7 @@ import pytest
 from tiny_job import TINY, make_job
 
 from edgekd import pipeline, stage_table
+from edgekd import target as targets
 from edgekd.artifact import LOG
 from edgekd.errors import CheckpointError, MissingError, RecipeError, StoreError
 
@@ -217,6 +218,19 @@ def test_what_would_fail_late_is_found_before_anything_is_trained(tmp_path):
         with pytest.raises(RecipeError, match=what):
             pipeline.run(job, "bench")
         assert not (tmp_path / "store" / "store").exists()
+
+
+def test_a_precision_that_the_backend_does_not_compute_is_told_before_training(tmp_path):
+    job = make_job(tmp_path / "store", "quantize.method=fp16")
+    job.target = targets.with_backend(job.target, "tvm")
+    with pytest.raises(RecipeError) as caught:
+        pipeline.run(job, "bench")
+    assert str(caught.value).splitlines()[1:] == [
+        "       tvm computes: fp32, int8",
+        "fix:   --set quantize.method=ptq, or another backend: --backend onnxruntime",
+    ]
+    assert caught.value.what == "quantize.method = fp16 makes fp16, which backend tvm does not compute"
+    assert not (tmp_path / "store" / "store").exists()
 
 
 def test_a_device_that_no_transport_reaches(done):
