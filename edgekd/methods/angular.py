@@ -46,7 +46,7 @@ class Angular(Method):
         *,
         weight: float | Schedule = 5.0,
         ce_weight: float | Schedule = 1.0,
-        length: float | None = None,
+        length: float | Schedule | None = None,
         classifier: str | None = None,
     ) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Angular(Method):
             return
         weight, layer = student.get_parameter(f"{self._path}.weight"), student.get_submodule(self._path)
         with torch.no_grad():
-            weight.copy_(self.length * F.normalize(weight.flatten(1)).view_as(weight))
+            weight.copy_(value_at(self.length, progress) * F.normalize(weight.flatten(1)).view_as(weight))
             if isinstance(layer.bias, nn.Parameter):
                 layer.bias.zero_()
 

@@ -51,7 +51,7 @@ class BSS(Method):
         ce_weight: float | Schedule = 1.0,
         temperature: float | Schedule = 3.0,
         samples: int = 64,
-        step_size: float = 0.3,
+        step_size: float | Schedule = 0.3,
         steps: int = 10,
     ) -> None:
         super().__init__()
@@ -94,9 +94,8 @@ class BSS(Method):
         x, y = step.x[chosen], step.y[chosen]
         others = step.teacher_logits[chosen].scatter(1, y[:, None], float("-inf"))
         target = torch.multinomial(others.softmax(1), 1)[:, 0]
-        attacked, turned = boundary(
-            step.ask_teacher, x, y, target, self.lowest, self.highest, self.step_size, self.steps
-        )
+        step_size = value_at(self.step_size, step.progress)
+        attacked, turned = boundary(step.ask_teacher, x, y, target, self.lowest, self.highest, step_size, self.steps)
         step.record("boundary_turned", turned.float().mean())
         self._compare(step, x[:COMPARED], y[:COMPARED], target[:COMPARED], attacked[:COMPARED])
         return soft_cross_entropy(step.ask_teacher(attacked).detach(), step.student(attacked).float(), tau)
@@ -104,8 +103,8 @@ class BSS(Method):
     def _compare(self, step: Step, x: Tensor, y: Tensor, target: Tensor, of_teacher: Tensor) -> None:
         with evaluating(step.student):
             of_student, _ = boundary(
-                lambda one: step.student(one).float(), x, y, target, self.lowest, self.highest, self.step_size,
-                self.steps,
+                lambda one: step.student(one).float(), x, y, target, self.lowest, self.highest,
+                value_at(self.step_size, step.progress), self.steps,
             )  # fmt: skip
         magnitude, angle = similarity(of_teacher - x, of_student - x)
         step.record("magsim", magnitude)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from edgekd.errors import RecipeError
 from edgekd.methods import Setting, Step
 from edgekd.methods.features import FeatureMethod
-from edgekd.methods.options import above_zero, at_least_zero
+from edgekd.methods.options import a_share, above_zero, at_least_zero
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
 
@@ -55,8 +55,8 @@ class CRD(FeatureMethod):
         ce_weight: float | Schedule = 1.0,
         negatives: int = 4096,
         dimensions: int = 128,
-        temperature: float = 0.07,
-        momentum: float = 0.5,
+        temperature: float | Schedule = 0.07,
+        momentum: float | Schedule = 0.5,
         student_taps: list[str] | None = None,
         teacher_taps: list[str] | None = None,
     ) -> None:
@@ -64,6 +64,7 @@ class CRD(FeatureMethod):
         self.weight, self.ce_weight, self.negatives = weight, ce_weight, negatives
         self.dimensions, self.temperature, self.momentum = dimensions, temperature, momentum
         above_zero("temperature", temperature, 0.07)
+        a_share("momentum", momentum, 0.5)
         above_zero("negatives", negatives, 4096)
         above_zero("dimensions", dimensions, 128)
         at_least_zero("weight", weight, 0.8)
@@ -92,10 +93,10 @@ class CRD(FeatureMethod):
         w = F.normalize(w)
         negatives = self._negatives(step.y)
         columns = torch.cat((step.index[:, None], negatives), 1)
-        contrast = self._contrast(v, self.teacher_memory, columns, 0) + self._contrast(
-            w, self.student_memory, columns, 1
-        )
-        self._remember(step.index, v.detach(), w.detach())
+        tau = value_at(self.temperature, step.progress)
+        contrast = self._contrast(v, self.teacher_memory, columns, 0, tau)
+        contrast = contrast + self._contrast(w, self.student_memory, columns, 1, tau)
+        self._remember(step.index, v.detach(), w.detach(), value_at(self.momentum, step.progress))
         return {
             "ce": value_at(self.ce_weight, step.progress) * F.cross_entropy(step.student_logits, step.y),
             "contrast": value_at(self.weight, step.progress) * contrast,
@@ -109,11 +110,11 @@ class CRD(FeatureMethod):
         rows: Tensor = self.order[(self.class_end[y][:, None] + drawn) % count]
         return rows
 
-    def _contrast(self, vectors: Tensor, memory: Tensor, columns: Tensor, direction: int) -> Tensor:
+    def _contrast(self, vectors: Tensor, memory: Tensor, columns: Tensor, direction: int, tau: float) -> Tensor:
         """The loss of eq. 18 for vectors [B, D]; the first of columns [B, 1 + M] is the sample itself."""
         count, chosen = len(memory), columns.shape[1] - 1
         # All similarities in one product: gathering M vectors for each sample takes far more memory.
-        exponentials = (vectors @ memory.clone().T / self.temperature).exp().gather(1, columns)
+        exponentials = (vectors @ memory.clone().T / tau).exp().gather(1, columns)
         if self.partition[direction] == 0:
             self.partition[direction] = exponentials.detach().mean() * count
         h, noise = exponentials / self.partition[direction].clone(), chosen / count
@@ -122,10 +123,10 @@ class CRD(FeatureMethod):
         return -(positive.sum() + negative.sum()) / len(vectors)
 
     @torch.no_grad()
-    def _remember(self, index: Tensor, v: Tensor, w: Tensor) -> None:
+    def _remember(self, index: Tensor, v: Tensor, w: Tensor, momentum: float) -> None:
         index, v, w = (_of_all_processes(one) for one in (index, v, w))
         for memory, vectors in ((self.student_memory, v), (self.teacher_memory, w)):
-            memory[index] = F.normalize(self.momentum * memory[index] + (1 - self.momentum) * vectors)
+            memory[index] = F.normalize(momentum * memory[index] + (1 - momentum) * vectors)
 
 
 def _check(taps: tuple[str, ...], labels: Tensor) -> None:

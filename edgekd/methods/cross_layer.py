@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgekd.errors import RecipeError
 from edgekd.methods import Setting, Step
 from edgekd.methods.flow import FlowMethod
-from edgekd.methods.options import above_zero, at_least_zero
+from edgekd.methods.options import a_share, above_zero, at_least_zero
 from edgekd.methods.taps import Taps
 from edgekd.networks import member_paths
 from edgekd.registry import register
@@ -55,13 +54,7 @@ class CrossLayer(FlowMethod):
         above_zero("temperature", temperature, 4)
         for name, option in (("gram_weight", gram_weight), ("kd_weight", kd_weight), ("ce_weight", ce_weight)):
             at_least_zero(name, option, 1)
-        if not 0 <= first < 1:
-            raise RecipeError(
-                f"distill.first = {first} is not valid",
-                allowed="expected: from 0 to below 1, a share of the training",
-                fix="--set distill.first=0.25",
-                key="distill.first",
-            )
+        a_share("first", first, 0.25)
         self._members: list[str] = []
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:

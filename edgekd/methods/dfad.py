@@ -45,7 +45,7 @@ class DFAD(Method):
         weight: float | Schedule = 1.0,
         latent: int = 256,
         student_steps: int = 5,
-        generator_lr: float = 1e-3,
+        generator_lr: float | Schedule = 1e-3,
     ) -> None:
         super().__init__()
         self.weight, self.latent, self.replays, self.generator_lr = weight, latent, student_steps, generator_lr
@@ -53,6 +53,7 @@ class DFAD(Method):
         above_zero("latent", latent, 256)
         above_zero("student_steps", student_steps, 5)
         above_zero("generator_lr", generator_lr, 1e-3)
+        self._optimizer: torch.optim.Optimizer | None = None
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
         """Make the generator. Raises RecipeError for image sizes that it cannot make."""
@@ -60,7 +61,8 @@ class DFAD(Method):
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The generator's own."""
-        return [torch.optim.Adam(self.generator.parameters(), lr=self.generator_lr)]
+        self._optimizer = torch.optim.Adam(self.generator.parameters(), lr=value_at(self.generator_lr, 0.0))
+        return [self._optimizer]
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """{discrepancy: scalar; generator: scalar, for it alone, in the last step of a turn}."""
@@ -71,6 +73,8 @@ class DFAD(Method):
         student = step.student(images.detach()).float()
         step.record("agreement", (student.argmax(1) == answers.argmax(1)).float().mean())
         terms = {"discrepancy": value_at(self.weight, step.progress) * difference(student, answers.detach())}
+        if self._optimizer is not None:
+            self._optimizer.param_groups[0]["lr"] = value_at(self.generator_lr, step.progress)
         if turns:
             assert isinstance(step.student, nn.Module)
             away = difference(judged(step.student, images).float(), answers)

@@ -54,7 +54,7 @@ class DomainKD(Method):
         beta: float | Schedule = {"exponential": [0.1, 0.9]},  # noqa: B006 - read, never changed
         alpha: float | Schedule = 0.3,
         temperature: float | Schedule = 20.0,
-        teacher_lr: float = 0.001,
+        teacher_lr: float | Schedule = 0.001,
         teacher_taps: list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class DomainKD(Method):
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The copy's: SGD with momentum 0.9 and weight decay 5e-4, as in the authors' code."""
         self._optimizer = torch.optim.SGD(
-            self.adapted.parameters(), lr=self.teacher_lr, momentum=0.9, weight_decay=5e-4
+            self.adapted.parameters(), lr=value_at(self.teacher_lr, 0.0), momentum=0.9, weight_decay=5e-4
         )
         return [self._optimizer]
 
@@ -86,7 +86,8 @@ class DomainKD(Method):
         beta, alpha, tau = (value_at(option, step.progress) for option in (self.beta, self.alpha, self.temperature))
         gamma = 2 / (1 + math.exp(-10 * (step.progress * self.epochs % 1))) - 1
         if self._optimizer is not None:
-            self._optimizer.param_groups[0]["lr"] = self.teacher_lr / (1 + 10 * step.progress) ** 0.75
+            lr = value_at(self.teacher_lr, step.progress) / (1 + 10 * step.progress) ** 0.75
+            self._optimizer.param_groups[0]["lr"] = lr
         (source, source_features), (target, target_features) = self._adapted(step.x), self._adapted(step.target)
         student_target = step.student(step.target).float()
         weight = beta * tau**2

@@ -55,7 +55,7 @@ class KD(Method):
         tau_squared: bool = True,
         kl_reduction: Literal["batchmean", "mean"] = "batchmean",
         selective: Literal["right", "sure"] | None = None,
-        confidence: float = 0.5,
+        confidence: float | Schedule = 0.5,
     ) -> None:
         super().__init__()
         self.kd_weight, self.ce_weight, self.temperature = kd_weight, ce_weight, temperature
@@ -101,7 +101,7 @@ class KD(Method):
             trusted = (step.teacher_logits.argmax(1) == step.y).float()
         else:
             of_label = step.teacher_logits.softmax(1).gather(1, step.y[:, None])[:, 0]
-            trusted = (of_label > self.confidence).float()
+            trusted = (of_label > value_at(self.confidence, step.progress)).float()
         step.record("trusted", trusted.mean())
         temperature = value_at(self.temperature, step.progress)
         kl = divergences(step.teacher_logits, step.student_logits, temperature)

@@ -54,7 +54,7 @@ class MutualSources(Method):
         weight: float | Schedule = 0.7,
         ce_weight: float | Schedule = 0.3,
         temperature: float | Schedule = 4.0,
-        sharpness: float = 1.0,
+        sharpness: float | Schedule = 1.0,
     ) -> None:
         super().__init__()
         self.rounds, self.weight, self.ce_weight = rounds, weight, ce_weight
@@ -145,7 +145,8 @@ class MutualSources(Method):
         itself = torch.eye(count + 1, count, dtype=torch.bool, device=step.x.device)
         if count == 1:
             return torch.ones_like(self.running_distance)
-        similarity = (-self.running_distance / self.sharpness).masked_fill(itself, -torch.inf).softmax(1)
+        sharpness = value_at(self.sharpness, step.progress)
+        similarity = (-self.running_distance / sharpness).masked_fill(itself, -torch.inf).softmax(1)
         for number in range(count):
             step.record(f"similarity_{number}", similarity[-1, number])
         return similarity

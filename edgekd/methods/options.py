@@ -18,6 +18,12 @@ def at_least_zero(name: str, option: float | Schedule, example: float) -> None:
         raise _outside(name, option, "at least 0", example)
 
 
+def a_share(name: str, option: float | Schedule, example: float) -> None:
+    """Raise RecipeError, with `example` as the fix, unless the option stays from 0 to below 1."""
+    if min(values_of(option)) < 0 or max(values_of(option)) >= 1:
+        raise _outside(name, option, "a share, at least 0 and below 1", example)
+
+
 def _outside(name: str, option: float | Schedule, allowed: str, example: float) -> RecipeError:
     key = f"distill.{name}"
     return RecipeError(

@@ -30,7 +30,7 @@ from edgekd.methods import Method, Setting, Step
 from edgekd.methods.attacks import Ball, evaluating, pgd
 from edgekd.methods.divergence import divergence
 from edgekd.methods.kd import KD
-from edgekd.methods.options import above_zero, at_least_zero
+from edgekd.methods.options import a_share, above_zero, at_least_zero
 from edgekd.methods.pruning import ChannelGroups, Prunable, SingleWeights
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
@@ -68,14 +68,8 @@ class RobustPrune(Method):
         above_zero("step_size", step_size, 2)
         for name, option in (("penalty", penalty), ("epsilon", epsilon), ("steps", steps), ("kd_weight", kd_weight)):
             at_least_zero(name, option, 1)
-        for name, share in (("sparsity", sparsity), ("debias", debias)):
-            if share is not None and not 0 <= share < 1:
-                raise RecipeError(
-                    f"distill.{name} = {share:g} is not valid",
-                    allowed="expected: a share, at least 0 and below 1",
-                    fix=f"--set distill.{name}=0.5",
-                    key=f"distill.{name}",
-                )
+        a_share("sparsity", 0 if sparsity is None else sparsity, 0.5)
+        a_share("debias", debias, 0.5)
         self.mean: Tensor
         self.std: Tensor
         self.decided: Tensor

@@ -32,7 +32,7 @@ from edgekd.errors import RecipeError
 from edgekd.methods import Method, Setting, Step
 from edgekd.methods.divergence import divergence
 from edgekd.methods.features import pooled
-from edgekd.methods.options import above_zero, at_least_zero
+from edgekd.methods.options import a_share, above_zero, at_least_zero
 from edgekd.methods.partition import Floats, Indices, coactivations, correlations, louvain_groups, spectral_groups
 from edgekd.methods.taps import Taps, default_taps
 from edgekd.networks import Spread
@@ -64,7 +64,7 @@ class SpreadOverBoards(Method):
         kd_weight: float | Schedule = 0.9,
         temperature: float | Schedule = 4.0,
         feature_weight: float | Schedule = 1.0,
-        silent: float = 0.25,
+        silent: float | Schedule = 0.25,
         partition: Literal["spectral", "louvain"] = "spectral",
         teacher_taps: list[str] | None = None,
     ) -> None:
@@ -75,13 +75,7 @@ class SpreadOverBoards(Method):
         above_zero("temperature", temperature, 4)
         at_least_zero("kd_weight", kd_weight, 0.9)
         at_least_zero("feature_weight", feature_weight, 1)
-        if not 0 <= silent < 1:
-            raise RecipeError(
-                f"distill.silent = {silent} is not valid",
-                allowed="expected: a probability, from 0 to below 1",
-                fix="--set distill.silent=0.25",
-                key="distill.silent",
-            )
+        a_share("silent", silent, 0.25)
         self._student: tuple[Spread, ...] = ()  # in a tuple: it stays the loop's
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
@@ -116,7 +110,8 @@ class SpreadOverBoards(Method):
         (filters,) = step.teacher_features.values()
         wanted = (pooled(filters) @ student.head.place.T).unflatten(1, features.shape[1:])
         distance = (F.normalize(features, dim=2) - F.normalize(wanted, dim=2)).square().sum(2)
-        logits = student.head(features * self._answering(features)[..., None]).float()
+        answering = self._answering(features, value_at(self.silent, step.progress))
+        logits = student.head(features * answering[..., None]).float()
         tau, kd_weight = (value_at(option, step.progress) for option in (self.temperature, self.kd_weight))
         return {
             "ce": (1 - kd_weight) * F.cross_entropy(logits, step.y),
@@ -124,7 +119,7 @@ class SpreadOverBoards(Method):
             "features": value_at(self.feature_weight, step.progress) * distance.mean(),
         }
 
-    def _answering(self, features: Tensor) -> Tensor:
+    def _answering(self, features: Tensor, silent: float) -> Tensor:
         """[B, N], 1 where a board answers; where none did, all do."""
-        answering = torch.rand(features.shape[:2], device=features.device) >= self.silent
+        answering = torch.rand(features.shape[:2], device=features.device) >= silent
         return (answering | ~answering.any(1, keepdim=True)).to(features.dtype)

@@ -256,6 +256,14 @@ def test_the_student_and_the_generator_play_against_each_other_only():
     assert {id(p) for group in adam.param_groups for p in group["params"]} == {id(p) for p in made}
 
 
+def test_the_generators_learning_rate_follows_its_schedule():
+    student, teacher = pair()
+    method = attached("dfad", student, teacher, student_steps=1, latent=16, generator_lr={"linear": [0.1, 0.02, 0.5]})
+    (adam,) = method.optimizers()
+    method(step_of(method, student, teacher, 0.25))
+    assert adam.param_groups[0]["lr"] == pytest.approx(0.06)
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 28), (3, 48, 64)])
 def test_generated_images_are_normalised(shape):
     torch.manual_seed(0)

@@ -152,6 +152,6 @@ def test_a_first_stage_that_is_all():
         registry.create("method", "cross_layer", options={"first": 1.0})
     assert str(caught.value) == (
         "error: distill.first = 1.0 is not valid\n"
-        "       expected: from 0 to below 1, a share of the training\n"
+        "       expected: a share, at least 0 and below 1\n"
         "fix:   --set distill.first=0.25"
     )

@@ -93,6 +93,28 @@ def test_the_state_of_every_method_is_in_its_state_dict(name):
     assert total(again, student, teacher).item() == expected.item()
 
 
+SCHEDULED = [
+    pytest.param(entry.name, option.name, id=f"{entry.name}-{option.name}")
+    for entry in registry.entries("method")
+    for option in entry.options.values()
+    if "schedule" in registry.typename(option.annotation)
+]
+
+
+@pytest.mark.parametrize(("name", "option"), SCHEDULED)
+def test_every_schedule_is_followed_and_logged(name, option):
+    def terms(value: object) -> dict[str, float]:
+        student, teacher = student_of(name), teacher_of(name)
+        method = attached(name, student, teacher, **{**OPTIONS.get(name, {}), option: value})
+        if isinstance(value, dict):
+            assert method.scheduled(0.5)[option] == pytest.approx(0.5)
+        method.optimizers()
+        torch.manual_seed(4)
+        return {term: loss.item() for term, loss in method(step_of(method, student, teacher, 0.5)).items()}
+
+    assert terms({"linear": [0.75, 0.25]}) == pytest.approx(terms(0.5), rel=1e-5)
+
+
 class Kill(Exception):  # noqa: N818
     pass
 

@@ -301,7 +301,7 @@ def test_stages_constrain_in_turn_and_what_was_pruned_stays():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("robust_prune", {"sparsity": 1.0}, "error: distill.sparsity = 1 is not valid\n"
+        ("robust_prune", {"sparsity": 1.0}, "error: distill.sparsity = 1.0 is not valid\n"
          "       expected: a share, at least 0 and below 1\nfix:   --set distill.sparsity=0.5"),
         ("robust_prune", {"debias": -0.1}, "error: distill.debias = -0.1 is not valid"),
         ("robust_prune", {"penalty": -1.0}, "error: distill.penalty = -1.0 is not valid"),

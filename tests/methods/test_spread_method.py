@@ -206,6 +206,6 @@ def test_what_cannot_be_spread():
         registry.create("method", "spread", options={"silent": 1.0})
     assert str(caught.value) == (
         "error: distill.silent = 1.0 is not valid\n"
-        "       expected: a probability, from 0 to below 1\n"
+        "       expected: a share, at least 0 and below 1\n"
         "fix:   --set distill.silent=0.25"
     )

@@ -295,6 +295,8 @@ def test_stages_and_combinations_that_make_no_sense(digits, tmp_path):
         ("dkd", "temperature", {"linear": [4.0, 0.0]}, "above 0", 4),
         ("dkd", "beta", {"step": [1.0, -1.0]}, "at least 0", 1),
         ("fitnet", "weight", -1.0, "at least 0", 1),
+        ("scratch", "label_smoothing", {"linear": [0.1, 1.5]}, "a share, at least 0 and below 1", 0.1),
+        ("crd", "momentum", 1.0, "a share, at least 0 and below 1", 0.5),
     ],
 )
 def test_bounds_hold_for_every_value_of_a_schedule(name, option, value, allowed, example):
