@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from command_line import error, stored
+from tiny_job import TINY
 
 TEN = ["data.source=npz", "data.path=ten.npz"]  # images of 10x10, five classes
 
@@ -76,3 +79,37 @@ def test_a_method_that_needs_modules_cannot_train_a_graph(main, folder, method):
         "error: --set: quantize.method = qat cannot train by distill.method = combined, which looks into the student's"
         " modules"
     )
+
+
+EXPERIMENT = """\
+  method: staged
+  epochs: [1, 2]
+  methods:
+    - fitnet: {student_taps: [stages.1], teacher_taps: [stages.1], ce_weight: 0}
+    - combined:
+        methods:
+          - kd: {temperature: {linear: [4, 1]}, kd_weight: {cosine: [1, 0.5]}}
+          - angular: {weight: 0.5}
+          - geometric: {weight: 0.1, form: contrast}
+  train: {epochs: 3}
+  scratch: false
+"""
+
+
+@pytest.mark.slow
+def test_an_experiment_is_one_file_and_gives_the_same_student_again(main, folder):
+    head, rest = TINY[: TINY.index("  method: kd")], TINY[TINY.index("benchmark:") :]
+    (folder / "experiment.yaml").write_text(head + EXPERIMENT + rest)
+    students = []
+    for store in ("one", "two"):
+        code, _, err = main("distill", "experiment.yaml", "--store", store, "-q")
+        assert code == 0, err
+        (student,) = (folder / store).glob("store/student/*")
+        students.append((student / "weights.safetensors").read_bytes())
+    assert students[0] == students[1]
+    (file,) = student.glob("log/metrics.jsonl")
+    first, second, third = map(json.loads, file.read_text().splitlines())
+    assert first.keys() >= {"train_loss_hint", "train_loss_ce"} and "train_kd_temperature" not in first
+    assert third.keys() >= {"train_loss_ce", "train_loss_kd_kd", "train_loss_angular_angular"}
+    assert third.keys() >= {"train_loss_geometric_geometric"}
+    assert second["train_kd_temperature"] == 4 and third["train_kd_temperature"] == 2.5  # one batch an epoch

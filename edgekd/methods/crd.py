@@ -8,7 +8,8 @@ linear projections, N samples in the training set, M negatives for each sample, 
 
 both directions are summed: the student's v against the teacher's w from a memory, and the other way round. The memories
 hold one vector for every training sample and follow by `momentum`. As in the authors' code Z is fixed at the first
-batch (N times the mean of exp), and negatives are drawn from all samples of another class; here with replacement.
+batch (N times the mean of exp), and negatives are drawn from all samples of another class; here with replacement, and
+4,096 by default, where theirs are 16,384.
 
 With several processes each has its own samples, and all memories take in the vectors of all.
 """

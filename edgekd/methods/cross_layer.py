@@ -8,7 +8,8 @@ between taps i and j:
     stage 1, the share `first` of the training:   L = gram_weight sum over i < j of mean ( G_ij,T - G_ij,S )^2
     stage 2:  L = ce_weight CE + kd_weight tau^2 KL( mean over teachers of softmax(z_t / tau) || softmax(z / tau) )
 
-The square is averaged over the matrix, so that its weight does not depend on the number of channels.
+The square is averaged over the matrix, so that its weight does not depend on the number of channels. Of an ensemble the
+flows are the first member's. The abstract's mutual learning is not part of it: teachers stay as they are.
 """
 
 from __future__ import annotations

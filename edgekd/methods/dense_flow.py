@@ -9,10 +9,11 @@ taps at most `reach` apart, D_ij a discriminator of its own on its values:
     the student:     L = ce_weight CE + euclidean_weight sum_ij mean ( G_ij,T - G_ij,S )^2
                          - adversarial_weight sum_ij E log D(G_ij,S)
 
-The square is averaged over the matrix. A discriminator is an MLP of 256 and 128 units with leaky ReLUs (slope 0.2),
-moved by its own Adam (2e-4, beta_1 0.5) in every step, on flows that carry no gradient to the student; the student
-meets discriminators that get none from it. Their accuracy, 1/2 where they cannot tell the flows apart, is in the
-training log.
+The square is averaged over the matrix. All terms go together from the start; the authors' earlier work trains from the
+bottom up (Bae et al., TIP 2020, abstract), which `staged` can do, by taps. A discriminator is an MLP of 256 and 128
+units with leaky ReLUs (slope 0.2), moved by its own Adam (2e-4, beta_1 0.5) in every step, on flows that carry no
+gradient to the student; the student meets discriminators that get none from it. Their accuracy, 1/2 where they cannot
+tell the flows apart, is in the training log.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Taps:
 
     def __or__(self, other: Taps) -> Taps:
         """The taps of both, which are on one network."""
-        both = Taps(nn.Module(), (), other.owner)
+        both = Taps(nn.Module(), (), self.owner if self._modules else other.owner)
         both._modules = self._modules | other._modules
         return both
 
