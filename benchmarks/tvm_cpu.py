@@ -65,12 +65,14 @@ def network(name: str, activation: str) -> nn.Module:
     return made.eval()
 
 
-def models(network: nn.Module, activation: str, backend: Backend, folder: Path) -> dict[str, Path]:
+def models(
+    network: nn.Module, activation: str, backend: Backend, folder: Path, image: tuple[int, ...] = IMAGE
+) -> dict[str, Path]:
     """The network by precision, in the form and the dialect that the backend runs fastest."""
     form = backend.forms["continuous" if "continuous" in activation else "any"]
     folder.mkdir()
     files = {precision: folder / f"{precision}.onnx" for precision in PRECISIONS}
-    images = np.random.default_rng(1).standard_normal((16, *IMAGE)).astype(np.float32)
+    images = np.random.default_rng(1).standard_normal((16, *image)).astype(np.float32)
     export(network, files["fp32"], example=images[:1], opset=20, dynamic_batch=False, form=form, metadata={})
     int8 = ptq.prepare(files["fp32"], images).quantized("minmax", 100)
     onnx.save(dialects.translated(int8, backend.dialect), files["int8"])

@@ -158,12 +158,14 @@ def test_dense_layers_agree_with_onnxruntime(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {
         name: rng.standard_normal(shape).astype(np.float32)
-        for name, shape in {"w": (300, 23), "b": (300,), "matrix": (300, 7)}.items()
+        for name, shape in {"w": (300, 23), "b": (300,), "matrix": (300, 7), "one": (300, 1)}.items()
     }
     nodes = [
         helper.make_node("Gemm", ["x", "w", "b"], ["hidden"], transB=1),
         helper.make_node("Relu", ["hidden"], ["active"]),
-        helper.make_node("MatMul", ["active", "matrix"], ["dense"]),
+        helper.make_node("MatMul", ["active", "matrix"], ["many"]),
+        helper.make_node("MatMul", ["active", "one"], ["single"]),
+        helper.make_node("Concat", ["many", "single"], ["dense"], axis=1),
     ]
     path = joined_model(tmp_path / "dense.onnx", (23,), {"dense": (nodes, arrays)})
     agrees_with_onnxruntime(path, tmp_path / "engine", (23,), [1, 4])

@@ -1,8 +1,8 @@
 """From ONNX to Relax with the channels last: what the schedules of `schedules.py` compute fast.
 
 TVM's own importer keeps ONNX's layout [N, C, H, W], in which a vector over the channels would be gathered from memory.
-Here convolutions, pools and what stands between them work on [N, H, W, C], and weights are packed while they are
-constants. Operators that are not listed here are TVM's own, on the layout that ONNX means.
+Here convolutions, pools and what stands between them work on [N, H, W, C], or [N, D, H, W, C], and weights are packed
+while they are constants. Operators that are not listed here are TVM's own, on the layout that ONNX means.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tvm.ir.expr import GenericConst
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
 from edgekd.backends.tvm import products
+from edgekd.backends.tvm.convolutions import convolution, transposed_convolution, window_of
 from edgekd.backends.tvm.origins import move_origins
 from edgekd.backends.tvm.processor import Processor
 from edgekd.backends.tvm.quantized import Codes, Segmented, dequantize, per_channel, quantize, scaled_sums
@@ -31,8 +32,7 @@ from edgekd.quantize.graph import LMA_DOMAIN
 
 Array = npt.NDArray[Any]
 
-TO_CHANNELS_LAST, TO_CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
-AXIS = {0: 0, 1: 3, 2: 1, 3: 2}  # of ONNX's layout: where it stands with the channels last
+MAPS = (4, 5)  # dimensions of what has channels on a map: an image, a volume
 ELEMENTWISE = {
     "Abs", "Add", "And", "Cast", "Ceil", "Div", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater",
     "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Less", "LessOrEqual", "Log", "Mul", "Neg",
@@ -98,26 +98,28 @@ class Importer(ONNXGraphImporter):  # type: ignore[misc]
             made = None
         if made is None:
             return super()._convert_operator(op_name, inputs, attrs, opset)
-        plain = made.ty.ndim != 4 or self.has_channels_last(made) or isinstance(made, GenericConst)
+        plain = made.ty.ndim not in MAPS or self.has_channels_last(made) or isinstance(made, GenericConst)
         return made if plain else self.back(made)
 
     def operands(self, node: Node) -> list[Any]:
         """The inputs of an elementwise operator with the channels last; empty when it is not worth it, or cannot be."""
-        if not any(map(self.has_channels_last, node.inputs)):
+        ranks = {value.ty.ndim for value in node.inputs if self.has_channels_last(value)}
+        if len(ranks) != 1:
             return []
-        operands = [self._operand(value) for value in node.inputs]
+        operands = [self._operand(value, *ranks) for value in node.inputs]
         return [] if None in operands else operands
 
-    def _operand(self, value: Any) -> Any:
+    def _operand(self, value: Any, rank: int) -> Any:
         if isinstance(value, GenericConst):
-            return self._constant(value.value.numpy())
-        return self.channels_last(value) if value is not None and value.ty.ndim == 4 else None
+            array = value.value.numpy()
+            return self._constant(array, rank) if array.ndim <= rank else None
+        return self.channels_last(value) if value is not None and value.ty.ndim == rank else None
 
-    def _constant(self, array: Array) -> Any:
+    def _constant(self, array: Array, rank: int) -> Any:
         """A constant that is broadcast to [N, C, H, W], so that it broadcasts to [N, H, W, C]."""
         if array.size == 1:
             return relax.const(array.reshape(()), array.dtype.name)  # one number becomes a part of the loop
-        last = array.reshape((1,) * (4 - array.ndim) + array.shape).transpose(TO_CHANNELS_LAST)
+        last = array.reshape((1,) * (rank - array.ndim) + array.shape).transpose(to_channels_last(rank))
         return relax.const(np.ascontiguousarray(last), array.dtype.name)
 
     def has_channels_last(self, value: Any) -> bool:
@@ -127,25 +129,25 @@ class Importer(ONNXGraphImporter):  # type: ignore[misc]
     def channels_last(self, value: Any) -> Any:
         """A value [N, C, H, W] as [N, H, W, C]."""
         if value not in self._channels_last:
-            self._channels_last[value] = self.bb.emit(relax.op.permute_dims(value, list(TO_CHANNELS_LAST)))
+            self._channels_last[value] = self.bb.emit(relax.op.permute_dims(value, to_channels_last(value.ty.ndim)))
         return self._channels_last[value]
 
     def back(self, value: Any) -> Any:
         """A value [N, H, W, C] as [N, C, H, W], by which it is known from here on."""
         if not isinstance(value, relax.Var):  # a second name of a value would keep it from being fused
             value = self.bb.emit(value)
-        first = self.bb.emit(relax.op.permute_dims(value, list(TO_CHANNELS_FIRST)))
+        first = self.bb.emit(relax.op.permute_dims(value, to_channels_first(value.ty.ndim)))
         self._channels_last[first] = value
         return first
 
     def innermost(self, value: Any) -> Any:
         """A value as loops read it: an image with the channels last, another one as it is."""
-        return self.channels_last(value) if value.ty.ndim == 4 else value
+        return self.channels_last(value) if value.ty.ndim in MAPS else value
 
     def outermost(self, value: Any) -> Any:
         """The reverse of `innermost`, for what was just made."""
         made = value if isinstance(value, relax.Var) else self.bb.emit(value)
-        return self.back(made) if made.ty.ndim == 4 else made
+        return self.back(made) if made.ty.ndim in MAPS else made
 
     def product(self, product: products.Product, x: Any) -> Any:
         """Emit a product of an input with packed weights."""
@@ -161,23 +163,19 @@ class Importer(ONNXGraphImporter):  # type: ignore[misc]
         return relax.const(np.ascontiguousarray(values.reshape(-1)), values.dtype.name)
 
 
-def convolution(importer: Importer, node: Node) -> Any:
-    """Conv in two dimensions with constant weights, and its bias."""
-    weights, bias = node.constant(1), node.constant(2)
-    if weights is None or weights.ndim != 4 or (bias is None) != (len(node.inputs) < 3):
-        return None
-    window = _window(node, weights.shape[2:])
-    if window is None:
-        return None
-    groups, processor = int(node.attributes.get("group", 1)), importer.processor
-    x, kernel = importer.codes.get(node.inputs[0]), importer.codes.get(node.inputs[1])
-    scales = per_channel(kernel, 0) if x and kernel and processor.dot else None
-    if x and kernel and processor.dot and scales is not None:
-        product = products.integer_convolution(kernel.codes, groups, window, processor.dot)
-        made = scaled_sums(importer, x, product, scales)
-    else:
-        made = importer.product(products.convolution(weights, groups, window, processor), node.inputs[0])
-    return made if bias is None else importer.bb.emit(relax.op.add(made, importer.vector(bias)))
+def to_channels_last(rank: int) -> list[int]:
+    """The axes of [N, C, ...] in the order of [N, ..., C]."""
+    return [0, *range(2, rank), 1]
+
+
+def to_channels_first(rank: int) -> list[int]:
+    """The reverse."""
+    return [0, rank - 1, *range(1, rank - 1)]
+
+
+def with_channels_last(axis: int, rank: int) -> int:
+    """Where an axis of ONNX's layout stands with the channels last."""
+    return to_channels_last(rank).index(axis % rank)
 
 
 def dense(importer: Importer, node: Node) -> Any:
@@ -201,20 +199,19 @@ def dense(importer: Importer, node: Node) -> Any:
 
 
 def pool(kind: str) -> Callable[[Importer, Node], Any]:
-    """MaxPool or AveragePool in two dimensions."""
+    """MaxPool or AveragePool of an image or a volume."""
 
     def convert(importer: Importer, node: Node) -> Any:
         kernel = node.integers("kernel_shape", ())
-        window = _window(node, kernel)
-        if window is None or len(kernel) != 2:
+        window = window_of(node, kernel)
+        if window is None or len(kernel) + 2 not in MAPS:
             return None
+        pooled, layout = (topi.nn.pool2d, "NHWC") if len(kernel) == 2 else (topi.nn.pool3d, "NDHWC")
         count_padding = bool(node.attributes.get("count_include_pad", 0))
         ceil = bool(node.attributes.get("ceil_mode", 0))
 
         def compute(x: Any) -> Any:
-            return topi.nn.pool2d(
-                x, kernel, window.strides, window.dilations, window.pads, kind, ceil, "NHWC", count_padding
-            )
+            return pooled(x, kernel, window.strides, window.dilations, window.pads, kind, ceil, layout, count_padding)
 
         return importer.call(compute, importer.channels_last(node.inputs[0]), name=f"{kind}_pool")
 
@@ -223,31 +220,35 @@ def pool(kind: str) -> Callable[[Importer, Node], Any]:
 
 def global_average_pool(importer: Importer, node: Node) -> Any:
     """GlobalAveragePool of [N, C, H, W]."""
-    if node.inputs[0].ty.ndim != 4:
-        return None
-    return importer.bb.emit(relax.op.mean(importer.channels_last(node.inputs[0]), axis=[1, 2], keepdims=True))
+    return mean_of_map(importer, node.inputs[0], keep=True) if node.inputs[0].ty.ndim in MAPS else None
+
+
+def mean_of_map(importer: Importer, x: Any, *, keep: bool) -> Any:
+    """The mean of every channel; keep: with axes of length 1."""
+    axes = list(range(1, x.ty.ndim - 1))
+    return importer.bb.emit(relax.op.mean(importer.channels_last(x), axis=axes, keepdims=keep))
 
 
 def reduce_mean(importer: Importer, node: Node) -> Any:
     """ReduceMean over the image."""
     x = node.inputs[0]
     axes = node.constant(1) if len(node.inputs) > 1 else np.asarray(node.integers("axes", ()))
-    if axes is None or x.ty.ndim != 4 or sorted(int(axis) % 4 for axis in axes.reshape(-1)) != [2, 3]:
+    rank = x.ty.ndim
+    if axes is None or rank not in MAPS or sorted(int(axis) % rank for axis in axes.reshape(-1)) != [*range(2, rank)]:
         return None
-    keep = bool(node.attributes.get("keepdims", 1))
-    return importer.bb.emit(relax.op.mean(importer.channels_last(x), axis=[1, 2], keepdims=keep))
+    return mean_of_map(importer, x, keep=bool(node.attributes.get("keepdims", 1)))
 
 
 def flatten(importer: Importer, node: Node) -> Any:
     """Flatten or Reshape of [N, C, 1, 1] to [N, C]: nothing is moved."""
     x = node.inputs[0]
-    if not importer.has_channels_last(x) or [int(size) for size in list(x.ty.shape)[2:]] != [1, 1]:
+    if not importer.has_channels_last(x) or any(int(size) != 1 for size in list(x.ty.shape)[2:]):
         return None
     shape = node.constant(1) if len(node.inputs) > 1 else np.asarray([0, -1])
     channels = int(x.ty.shape[1])
     if shape is None or shape.size != 2 or int(shape[1]) not in (-1, channels):
         return None
-    return importer.bb.emit(relax.op.squeeze(importer.channels_last(x), axis=[1, 2]))
+    return importer.bb.emit(relax.op.squeeze(importer.channels_last(x), axis=list(range(1, x.ty.ndim - 1))))
 
 
 def lma(importer: Importer, node: Node) -> Any:
@@ -270,7 +271,7 @@ def lma(importer: Importer, node: Node) -> Any:
 def batch_normalization(importer: Importer, node: Node) -> Any:
     """BatchNormalization of [N, C, H, W] as one multiplication and one addition."""
     numbers = [node.constant(index) for index in range(1, 5)]
-    if any(array is None for array in numbers) or node.inputs[0].ty.ndim != 4:
+    if any(array is None for array in numbers) or node.inputs[0].ty.ndim not in MAPS:
         return None
     gamma, beta, mean, variance = (np.asarray(array, np.float64) for array in numbers)
     scale = gamma / np.sqrt(variance + float(node.attributes.get("epsilon", 1e-5)))
@@ -342,11 +343,11 @@ def prelu(importer: Importer, node: Node) -> Any:
 
 def pad(importer: Importer, node: Node) -> Any:
     """Pad of [N, C, H, W] with a constant."""
-    pads, value = node.constant(1), node.constant(2)
-    constant = node.attributes.get("mode", b"constant") == b"constant"
-    if pads is None or pads.size != 8 or not constant or (len(node.inputs) > 3 and node.inputs[3] is not None):
+    pads, value, rank = node.constant(1), node.constant(2), node.inputs[0].ty.ndim
+    constant = node.attributes.get("mode", b"constant") == b"constant" and rank in MAPS
+    if pads is None or pads.size != 2 * rank or not constant or (len(node.inputs) > 3 and node.inputs[3] is not None):
         return None
-    before, after = ([int(half[axis]) for axis in TO_CHANNELS_LAST] for half in (pads[:4], pads[4:]))
+    before, after = ([int(half[axis]) for axis in to_channels_last(rank)] for half in (pads[:rank], pads[rank:]))
     filled = 0.0 if value is None else float(value.reshape(()))
 
     def compute(x: Any) -> Any:
@@ -363,10 +364,11 @@ def strided_slice(importer: Importer, node: Node) -> Any:
         return None
     starts, ends, axes, *steps = ([int(one) for one in np.asarray(part).reshape(-1)] for part in parts)
     stride = steps[0] if steps else [1] * len(axes)
-    if any(axis % 4 == 0 for axis in axes) or min(stride) < 1:
+    rank = x.ty.ndim
+    if any(axis % rank == 0 for axis in axes) or min(stride) < 1:
         return None
-    where = [AXIS[axis % 4] for axis in axes]
-    sizes = [int(x.ty.shape[axis % 4]) for axis in axes]
+    where = [with_channels_last(axis, rank) for axis in axes]
+    sizes = [int(x.ty.shape[axis % rank]) for axis in axes]
     ends = [min(end, size) for end, size in zip(ends, sizes, strict=True)]
     return importer.bb.emit(relax.op.strided_slice(importer.channels_last(x), where, starts, ends, stride))
 
@@ -374,22 +376,64 @@ def strided_slice(importer: Importer, node: Node) -> Any:
 def concat(importer: Importer, node: Node) -> Any:
     """Concat of values [N, C, H, W]."""
     operands = importer.operands(node)
-    axis = int(node.attributes["axis"]) % 4
-    return importer.bb.emit(relax.op.concat(operands, AXIS[axis])) if operands else None
-
-
-def _window(node: Node, kernel: tuple[int, ...]) -> products.Window | None:
-    """How the kernel moves over the image; nothing where ONNX asks for what is not made here."""
-    if node.attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+    if not operands:
         return None
-    ones, pads = (1,) * len(kernel), node.integers("pads", (0,) * 2 * len(kernel))
-    return products.Window(node.integers("strides", ones), node.integers("dilations", ones), pads)
+    axis = with_channels_last(int(node.attributes["axis"]), operands[0].ty.ndim)
+    return importer.bb.emit(relax.op.concat(operands, axis))
+
+
+def resize(importer: Importer, node: Node) -> Any:
+    """Resize by nearest neighbours: which pixel stands where is known now. TVM's own takes others in some modes."""
+    x, scales, known = node.inputs[0], node.constant(2), ("mode", "coordinate_transformation_mode", "nearest_mode")
+    mode, coordinates, rounding = (
+        node.attributes.get(name, default).decode()
+        for name, default in zip(known, (b"nearest", b"half_pixel", b"round_prefer_floor"), strict=True)
+    )
+    if x.ty.ndim not in MAPS or scales is None or scales.size != x.ty.ndim or "axes" in node.attributes:
+        return None
+    if mode != "nearest" or coordinates not in ("asymmetric", "half_pixel") or not (scales[:2] == 1).all():
+        return None
+    sizes = [int(size) for size in list(x.ty.shape)[2:]]
+    read = [_nearest(size, by, coordinates, rounding) for size, by in zip(sizes, scales[2:], strict=True)]
+
+    def compute(x: Any, *tables: Any) -> Any:
+        shape = (x.shape[0], *map(len, read), x.shape[-1])
+
+        def value(b: Any, *at: Any) -> Any:
+            *place, c = at
+            found = iter(tables)
+            pixel = [one // by if by else next(found)[one] for one, by in zip(place, repeats, strict=True)]
+            return x(b, *pixel, c)
+
+        return te.compute(shape, value, name="resized")
+
+    repeats = [_repeats(index, size) for index, size in zip(read, sizes, strict=True)]
+    tables = [relax.const(index, "int32") for index, by in zip(read, repeats, strict=True) if not by]
+    return importer.call(compute, importer.channels_last(x), *tables, name="resize")
+
+
+def _nearest(size: int, by: float, coordinates: str, rounding: str) -> Array:
+    """int32: the pixel of an axis that each one of the longer (or shorter) axis is, as ONNX defines it."""
+    place = np.arange(int(np.floor(size * np.float64(by))))
+    exact = place / by if coordinates == "asymmetric" else (place + 0.5) / by - 0.5
+    rounded = {
+        "floor": np.floor(exact), "ceil": np.ceil(exact), "round_prefer_floor": np.ceil(exact - 0.5),
+        "round_prefer_ceil": np.floor(exact + 0.5),
+    }[rounding]  # fmt: skip
+    return rounded.clip(0, size - 1).astype(np.int32)
+
+
+def _repeats(index: Array, size: int) -> int:
+    """How often every pixel of an axis stands in a row of them; 0 where they differ in that."""
+    by = len(index) // size
+    return by if by and np.array_equal(index, np.arange(size * by) // by) else 0
 
 
 CONVERTERS: dict[str, Callable[[Importer, Node], Any]] = {
     "AveragePool": pool("avg"), "BatchNormalization": batch_normalization, "Clip": clip, "Concat": concat,
-    "Conv": convolution, "DequantizeLinear": dequantize, "Flatten": flatten, "Gemm": dense,
-    "GlobalAveragePool": global_average_pool, "LMA": lma, "MatMul": dense, "Max": extreme(relax.op.maximum),
-    "MaxPool": pool("max"), "Min": extreme(relax.op.minimum), "PRelu": prelu, "Pad": pad, "QuantizeLinear": quantize,
-    "ReduceMean": reduce_mean, "Reshape": flatten, "Slice": strided_slice, "Where": where,
+    "Conv": convolution, "ConvTranspose": transposed_convolution, "DequantizeLinear": dequantize, "Flatten": flatten,
+    "Gemm": dense, "GlobalAveragePool": global_average_pool, "LMA": lma, "MatMul": dense,
+    "Max": extreme(relax.op.maximum), "MaxPool": pool("max"), "Min": extreme(relax.op.minimum), "PRelu": prelu,
+    "Pad": pad, "QuantizeLinear": quantize, "ReduceMean": reduce_mean, "Reshape": flatten, "Resize": resize,
+    "Slice": strided_slice, "Where": where,
 }  # fmt: skip

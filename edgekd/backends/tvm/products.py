@@ -7,7 +7,7 @@ loops only; what goes out has the size that ONNX means.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,11 +27,34 @@ QUAD = 4  # neighbouring codes that one instruction multiplies and adds
 
 
 class Window(NamedTuple):
-    """How a kernel moves over an image: pads are top, left, bottom, right."""
+    """How a kernel moves over an image or a volume: pads are those before every axis, then those behind."""
 
     strides: tuple[int, ...]
     dilations: tuple[int, ...]
     pads: tuple[int, ...]
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """Zeros in front of every axis."""
+        return self.pads[: len(self.strides)]
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """Zeros behind every axis."""
+        return self.pads[len(self.strides) :]
+
+    def read(self, place: Sequence[Any], taps: Sequence[Any]) -> list[Any]:
+        """Where a tap of the kernel reads for the output at a place."""
+        steps = zip(place, taps, self.strides, self.dilations, strict=True)
+        return [at * stride + tap * dilation for at, tap, stride, dilation in steps]
+
+    def sizes(self, image: Any, kernel: Sequence[int]) -> list[Any]:
+        """Of the output, for an image that is padded already, channels last."""
+        steps = zip(image.shape[1:-1], kernel, self.strides, self.dilations, strict=True)
+        return [(size - (taps - 1) * dilation - 1) // stride + 1 for size, taps, stride, dilation in steps]
+
+
+NOWHERE = Window((), (), ())  # of a product without a kernel
 
 
 @dataclass(frozen=True)
@@ -45,30 +68,27 @@ class Product:
 
 
 def convolution(weights: Array, groups: int, window: Window, processor: Processor) -> Product:
-    """A convolution of [N, H, W, C] with weights [O, C / groups, kernel height, kernel width]."""
+    """A convolution of [N, H, W, C], or [N, D, H, W, C], with weights [O, C / groups, *kernel]."""
     channels = weights.shape[0]
     if groups == channels and weights.shape[1] == 1:
         return _depthwise(weights, window)
     width = vector_width(channels, groups, processor.lanes)
     per_group = channels // groups
-    packed = pack(weights.transpose(2, 3, 1, 0), width)  # [blocks, height, width, in, vector]
-    _, height, kernel_width, depth, _ = packed.shape
-    (down, right), (high, wide) = window.strides, window.dilations
+    packed = pack(_outputs_last(weights), width)  # [blocks, *kernel, in, vector]
+    _, *kernel, depth, _ = packed.shape
 
     def compute(x: Any, packed: Any) -> Any:
-        image = padded(x, window.pads)
-        rows, columns, inner = (
-            te.reduce_axis((0, size), name) for size, name in ((height, "ky"), (kernel_width, "kx"), (depth, "ci"))
-        )
-        n, oh, ow = image.shape[0], *_out(image, (height, kernel_width), window)
+        image = padded(x, window)
+        taps, inner = _taps(kernel), te.reduce_axis((0, depth), "ci")
 
-        def value(b: Any, h: Any, w: Any, c: Any) -> Any:
+        def value(b: Any, *at: Any) -> Any:
+            *place, c = at
             group = c // per_group * depth if groups > 1 else 0
-            pixel = image[b, h * down + rows * high, w * right + columns * wide, group + inner]
-            return te.sum(pixel * packed[c // width, rows, columns, inner, c % width], axis=[rows, columns, inner])
+            pixel = image[b, *window.read(place, taps), group + inner]
+            return te.sum(pixel * packed[c // width, *taps, inner, c % width], axis=[*taps, inner])
 
-        whole = te.compute((n, oh, ow, packed.shape[0] * width), value, name=PRODUCT)
-        return _cropped(whole, channels)
+        shape = (image.shape[0], *window.sizes(image, kernel), packed.shape[0] * width)
+        return _cropped(te.compute(shape, value, name=PRODUCT), channels)
 
     return Product("convolution", packed, compute)
 
@@ -92,7 +112,7 @@ def dense(matrix: Array, processor: Processor) -> Product:
 
 
 def integer_convolution(weights: Array, groups: int, window: Window, dot: Dot) -> Product:
-    """The INT32 sums of a convolution of codes [N, H, W, C] with codes [O, C / groups, kernel height, kernel width].
+    """The INT32 sums of a convolution of codes [N, H, W, C], or [N, D, H, W, C], with codes [O, C / groups, *kernel].
 
     A depthwise one is summed in float32, which is as exact: no instruction adds products of one channel alone.
     """
@@ -100,24 +120,22 @@ def integer_convolution(weights: Array, groups: int, window: Window, dot: Dot) -
         return _depthwise(weights, window)
     weights, groups = _filling_vectors(weights, groups, dot.lanes)
     channels = len(weights)
-    packed = _packed_quads(weights.transpose(2, 3, 1, 0), dot)  # [blocks, height, width, in / 4, vector, 4]
-    height, width, quads = packed.shape[1:4]
-    (down, right), (high, wide) = window.strides, window.dilations
+    packed = _packed_quads(_outputs_last(weights), dot)  # [blocks, *kernel, in / 4, vector, 4]
+    _, *kernel, quads, _, _ = packed.shape
 
     def compute(x: Any, packed: Any) -> Any:
-        image = _codes(x, window.pads, groups, dot.offset)
-        sizes = {"ky": height, "kx": width, "ci": quads, "quad": QUAD}
-        rows, columns, inner, quad = (te.reduce_axis((0, size), name) for name, size in sizes.items())
-        oh, ow = _out(image, (height, width), window)
+        image = _codes(x, window, groups, dot.offset)
+        taps, inner, quad = _taps(kernel), te.reduce_axis((0, quads), "ci"), te.reduce_axis((0, QUAD), "quad")
 
-        def value(b: Any, h: Any, w: Any, c: Any) -> Any:
+        def value(b: Any, *at: Any) -> Any:
+            *place, c = at
             group = c // (channels // groups) * quads * QUAD if groups > 1 else 0
-            code = image[b, h * down + rows * high, w * right + columns * wide, group + inner * QUAD + quad]
-            weight = packed[c // dot.lanes, rows, columns, inner, c % dot.lanes, quad]
-            return te.sum(code.astype("int32") * weight.astype("int32"), axis=[rows, columns, inner, quad])
+            code = image[b, *window.read(place, taps), group + inner * QUAD + quad]
+            weight = packed[c // dot.lanes, *taps, inner, c % dot.lanes, quad]
+            return te.sum(code.astype("int32") * weight.astype("int32"), axis=[*taps, inner, quad])
 
-        whole = te.compute((x.shape[0], oh, ow, packed.shape[0] * dot.lanes), value, name=INTEGER_PRODUCT)
-        return _cropped(whole, channels)
+        shape = (x.shape[0], *window.sizes(image, kernel), packed.shape[0] * dot.lanes)
+        return _cropped(te.compute(shape, value, name=INTEGER_PRODUCT), channels)
 
     return Product(f"{INTEGER}_convolution", packed, compute, _offset_sums(weights.reshape(channels, -1), dot))
 
@@ -127,7 +145,7 @@ def integer_dense(matrix: Array, dot: Dot) -> Product:
     packed = _packed_quads(matrix, dot)  # [blocks, D / 4, vector, 4]
 
     def compute(x: Any, packed: Any) -> Any:
-        row = _codes(x, (), 1, dot.offset)
+        row = _codes(x, NOWHERE, 1, dot.offset)
         inner, quad = te.reduce_axis((0, packed.shape[1]), "ci"), te.reduce_axis((0, QUAD), "quad")
 
         def value(b: Any, c: Any) -> Any:
@@ -168,11 +186,9 @@ def _offset_sums(weights: Array, dot: Dot) -> Array:
     return sums
 
 
-def _codes(x: Any, pads: tuple[int, ...], groups: int, offset: int) -> Any:
-    """int8 [N, (H, W,) C] with zeros around the image and behind each group's channels, all moved by the offset."""
-    before, after = (0, *pads[:2], 0), (0, *pads[2:], 0)
-    if len(x.shape) == 2:
-        before = after = (0, 0)
+def _codes(x: Any, window: Window, groups: int, offset: int) -> Any:
+    """int8 [N, ..., C] with zeros around the image and behind each group's channels, all moved by the offset."""
+    before, after = ((0, *pads, 0) for pads in (window.before, window.after))
     *sizes, channels = (int(size) if isinstance(size, tirx.IntImm) else size for size in x.shape)
     depth, kind = channels // groups, "uint8" if offset else "int8"
     filled = -(-depth // QUAD) * QUAD
@@ -192,22 +208,29 @@ def _codes(x: Any, pads: tuple[int, ...], groups: int, offset: int) -> Any:
 
 def _depthwise(weights: Array, window: Window) -> Product:
     """Every channel with a kernel of its own; the vector goes along the channels of the input."""
-    channels, _, height, width = weights.shape
-    (down, right), (high, wide) = window.strides, window.dilations
+    channels, _, *kernel = weights.shape
 
     def compute(x: Any, packed: Any) -> Any:
-        image = padded(x if x.dtype == "float32" else topi.cast(x, "float32"), window.pads)
-        rows, columns = te.reduce_axis((0, height), "ky"), te.reduce_axis((0, width), "kx")
-        oh, ow = _out(image, (height, width), window)
+        image, taps = padded(x if x.dtype == "float32" else topi.cast(x, "float32"), window), _taps(kernel)
 
-        def value(b: Any, h: Any, w: Any, c: Any) -> Any:
-            pixel = image[b, h * down + rows * high, w * right + columns * wide, c]
-            return te.sum(pixel * packed[rows, columns, c], axis=[rows, columns])
+        def value(b: Any, *at: Any) -> Any:
+            *place, c = at
+            return te.sum(image[b, *window.read(place, taps), c] * packed[*taps, c], axis=taps)
 
-        return te.compute((image.shape[0], oh, ow, channels), value, name=DEPTHWISE)
+        return te.compute((image.shape[0], *window.sizes(image, kernel), channels), value, name=DEPTHWISE)
 
     name = "depthwise" if weights.dtype == np.float32 else f"{INTEGER}_depthwise"
-    return Product(name, np.ascontiguousarray(weights[:, 0].transpose(1, 2, 0).astype(np.float32)), compute)
+    return Product(name, np.ascontiguousarray(np.moveaxis(weights[:, 0], 0, -1).astype(np.float32)), compute)
+
+
+def _outputs_last(weights: Array) -> Array:
+    """[O, C, *kernel] as [*kernel, C, O]."""
+    return np.moveaxis(weights, (0, 1), (-1, -2))
+
+
+def _taps(kernel: Sequence[int]) -> list[Any]:
+    """What the sums over a kernel run along."""
+    return [te.reduce_axis((0, size), f"k{axis}") for axis, size in enumerate(kernel)]
 
 
 def vector_width(channels: int, groups: int, lanes: int) -> int:
@@ -228,17 +251,12 @@ def pack(weights: Array, width: int) -> Array:
     return np.ascontiguousarray(np.moveaxis(filled.reshape(*weights.shape[:-1], blocks, width), -2, 0))
 
 
-def padded(x: Any, pads: tuple[int, ...]) -> Any:
-    """[N, H, W, C] with zeros around the image."""
-    if not any(pads):
+def padded(x: Any, window: Window) -> Any:
+    """[N, ..., C] with zeros around the image."""
+    if not any(window.pads):
         return x
-    top, left, bottom, right = pads
-    return topi.nn.pad(x, [0, top, left, 0], [0, bottom, right, 0], tirx.const(0, x.dtype), name=PADDED)
-
-
-def _out(image: Any, kernel: tuple[int, int], window: Window) -> list[Any]:
-    sizes = zip(image.shape[1:3], kernel, window.strides, window.dilations, strict=True)
-    return [(size - (taps - 1) * dilation - 1) // stride + 1 for size, taps, stride, dilation in sizes]
+    before, after = ([0, *pads, 0] for pads in (window.before, window.after))
+    return topi.nn.pad(x, before, after, tirx.const(0, x.dtype), name=PADDED)
 
 
 def _cropped(whole: Any, channels: int) -> Any:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from edgekd.backends.tvm.importer import Importer, Node
 
 Array = npt.NDArray[Any]
+# Dimensions of values that have their channels innermost, or can be had so: [N, D], images, volumes.
+INNERMOST = (2, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Segmented:
 
 
 def quantize(importer: Importer, node: Node) -> Any:
-    """QuantizeLinear of [N, C, H, W] or [N, D] with one constant scale; that of a constant is a constant."""
+    """QuantizeLinear of an image, a volume or [N, D] with one constant scale; that of a constant is a constant."""
     array, scale, zero = (node.constant(index) for index in range(3))
     if scale is None or zero is None or scale.ndim > 1 or zero.dtype not in (np.int8, np.uint8):
         return None
@@ -49,7 +51,7 @@ def quantize(importer: Importer, node: Node) -> Any:
         along = _along(node, scale, array.ndim)
         return relax.const(_rounded(array, scale.reshape(along), zero.reshape(along)), zero.dtype.name)
     given = node.inputs[0]
-    if scale.size > 1 or given.ty.ndim not in (2, 4):
+    if scale.size > 1 or given.ty.ndim not in INNERMOST:
         return None
     layer = importer.segmented.get(given)
     if layer and zero.dtype == np.int8 and importer.processor.looks_up_bytes:
@@ -99,7 +101,7 @@ def dequantize(importer: Importer, node: Node) -> Any:
             importer.codes[made] = Codes(array, scale.reshape(along))
         return made
     codes = node.inputs[0]
-    if codes.ty.ndim not in (2, 4) or scale.size > 1:
+    if codes.ty.ndim not in INNERMOST or scale.size > 1:
         return None
     number = importer.bb.emit(relax.op.astype(importer.innermost(codes), "float32"))
     if zero.any():

@@ -188,10 +188,11 @@ class Nest:
         tile = schedule.get_loops(main)[depth - 1]
         for block in [*kept, last]:
             schedule.reverse_compute_at(block, tile)
-            *pixels, channels = schedule.get_loops(block)[depth:]
-            self.vectorize(channels)
-            for loop in pixels:
-                schedule.unroll(loop)
+            loops = schedule.get_loops(block)[depth:]  # none for a single value
+            for channels in loops[-1:]:
+                self.vectorize(channels)
+            for pixel in loops[:-1]:
+                schedule.unroll(pixel)
 
     def initialise(self, main: Any, first_sum: Any, unrolled: int) -> None:
         """Set the sums of a tile to zero before the loop `first_sum`; `unrolled` loops stand around the vector.
@@ -237,9 +238,9 @@ class TiledRule(Rule):
         """Tiles, both orders of the outer loops, and how far the innermost sum is unrolled."""
         (main,) = nest.reductions
         (_, *space, channels), sums = nest.loops(main)
-        rows, columns = [nest.extent(loop) for loop in space] or (1, 1)
+        rows, columns = [nest.extent(loop) for loop in space[-2:]] or (1, 1)
         blocks = nest.extent(channels) // self.width(nest)
-        depth = nest.extent(sums[2 if space else 0])
+        depth = nest.extent(sums[len(space)])
         for tile in tiles(rows, columns, blocks, self.processor.registers):
             for image_first, unroll in itertools.product((False, True), (1, 2, 4)):
                 if depth % unroll == 0 and not (image_first and (blocks == tile.vectors or not space)):
@@ -289,7 +290,7 @@ class IntegerProductRule(TiledRule):
 
 
 def tiled(nest: Nest, main: Any, width: int, sums: list[Any], quad: list[Any], plan: Plan) -> tuple[Any, int, Any]:
-    """Tiles, within them the sums over kernel and input, within these the loops of a tile.
+    """Tiles, within them the sums over kernel and input, within these the loops of a tile; a volume's are in a plane.
 
     Returns the first loop of the sums, how many loops stand around the vector in a tile, and the vector.
     """
@@ -297,13 +298,13 @@ def tiled(nest: Nest, main: Any, width: int, sums: list[Any], quad: list[Any], p
     (n, *space, channels), _ = nest.loops(main)
     nest.prepare_inputs(main)
     outer, vectors, vector = schedule.split(channels, [None, plan.vectors, width])
-    parts = [schedule.split(loop, [None, size]) for loop, size in zip(space, plan[:2], strict=False)]
-    image, pixels = [part[0] for part in parts], [part[1] for part in parts]
+    parts = [schedule.split(loop, [None, size]) for loop, size in zip(space[-2:], plan[:2], strict=False)]
+    image, pixels = [*space[:-2], *(part[0] for part in parts)], [part[1] for part in parts]
     *kernel, depth = sums
     turns, turn = schedule.split(depth, [None, plan.unroll])
     outside = [n, *image, outer] if plan.image_first else [n, outer, *image]
     schedule.reorder(*outside, *kernel, turns, turn, vectors, *pixels, vector, *quad)
-    for loop in (*kernel[1:], turn, vectors, *pixels):
+    for loop in (*kernel[-1:], turn, vectors, *pixels):
         schedule.unroll(loop)
     nest.attach_epilogue(main, len(outside))
     nest.parallel(outside[:-1])
@@ -319,7 +320,7 @@ class DepthwiseRule(Rule):
 
     def plans(self, nest: Nest) -> Iterator[Plan]:
         """Tiles of one vector, both orders of the outer loops."""
-        (_, rows, columns, _), _ = nest.loops(nest.reductions[0])
+        (*_, rows, columns, _), _ = nest.loops(nest.reductions[0])
         sizes = nest.extent(rows), nest.extent(columns)
         found = tiles(*sizes, 1, self.processor.registers)
         guess = tiles(1, sizes[1], 1, self.processor.registers)[0]
@@ -330,18 +331,19 @@ class DepthwiseRule(Rule):
     def transform(self, nest: Nest, plan: Plan) -> None:
         """[n, rows, columns, channels] of tiles; within one the sums over the kernel."""
         schedule, (main,) = nest.schedule, nest.reductions
-        (n, rows, columns, channels), sums = nest.loops(main)
+        (n, *planes, rows, columns, channels), sums = nest.loops(main)
         nest.prepare_inputs(main)
         width = nest.width(nest.extent(channels))
         blocks, vector = schedule.split(channels, [None, width])
         down, tile_rows = schedule.split(rows, [None, plan.rows])
         along, tile_columns = schedule.split(columns, [None, plan.columns])
-        outside = [n, down, along, blocks] if plan.image_first else [n, blocks, down, along]
+        image = [*planes, down, along]
+        outside = [n, *image, blocks] if plan.image_first else [n, blocks, *image]
         schedule.reorder(*outside, *sums, tile_rows, tile_columns, vector)
         schedule.vectorize(vector)
         for loop in (tile_rows, tile_columns, *sums):
             schedule.unroll(loop)
-        nest.attach_epilogue(main, 4)
+        nest.attach_epilogue(main, len(outside))
         nest.parallel(outside[:2])
         nest.initialise(main, sums[0], 2)
 
