@@ -360,14 +360,15 @@ class _Run:
 
     def _save(self) -> None:
         self.saved_at = time.monotonic()
-        weights = self.network.state_dict()
+        weights, owned = self.network.state_dict(), self.method.state_dict()
         # The loss may still be finite when the weights no longer are: the old checkpoint is the last good one then.
-        if not self.accelerator.is_main_process or not all(value.isfinite().all() for value in weights.values()):
+        good = all(value.isfinite().all() for value in (*weights.values(), *owned.values()))
+        if not self.accelerator.is_main_process or not good:
             return
         state = {
             "epoch": self.epoch, "position": self.position, "seconds": time.monotonic() - self.epoch_started,
             "history": self.history, "best": self.best, "sums": self.sums, "network": weights,
-            "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "method": owned, "optimizer": self.optimizer.state_dict(),
             "adversaries": [optimizer.state_dict() for optimizer in self.adversaries],
             "ema": None if self.ema is None else self.ema.state_dict(),
         }  # fmt: skip

@@ -5,21 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_training import plain, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgekd import data, distill, networks, registry
 from edgekd.data import Dataset, Split
 from edgekd.data.batches import Batches, evaluation_batches
-from edgekd.distill import Progress, train
+from edgekd.distill import Progress
 from edgekd.errors import StageError
 from edgekd.methods import Method, Setting, Step
-from edgekd.recipe import Augment, Train
+from edgekd.recipe import Augment
 from edgekd.training_log import METRICS
 
 
@@ -34,12 +34,6 @@ def one_thread():
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return data.load("digits", {}, train_limit=200, test_limit=60)
-
-
-def plain(seed: int = 0) -> nn.Module:
-    """Without batch normalisation, dropout or anything else that depends on the batch."""
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(1, 6, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 10))
 
 
 def residual(activation: str = "relu", seed: int = 0) -> nn.Module:
@@ -58,14 +52,6 @@ class Spy(Method):
     def forward(self, step: Step) -> dict[str, Tensor]:
         self.seen.append((step.progress, tuple(step.x.shape), step.x.is_contiguous(memory_format=torch.channels_last)))
         return {"ce": F.cross_entropy(step.student_logits, step.y)}
-
-
-def trained(network: nn.Module, dataset: Dataset, work: Path, method: Method | None = None, **given) -> distill.Trained:
-    rest = {key: given.pop(key) for key in ("teacher", "logits_cache", "on_progress", "seed") if key in given}
-    augment = given.pop("augment", {})
-    spec = Train(**{"epochs": 2, "batch_size": 32, "lr": 0.05, **given})
-    method = method or registry.create("method", "kd" if "teacher" in rest else "scratch")
-    return train(network, dataset, spec, method, augment=Augment(**augment), work=work, **{"seed": 0, **rest})
 
 
 def by_hand(
@@ -330,60 +316,6 @@ def test_the_seed_decides(digits, tmp_path):
 
     assert torch.equal(run(1, "a"), run(1, "b"))
     assert not torch.equal(run(1, "c"), run(2, "d"))
-
-
-@pytest.mark.parametrize("when", ["first", "later"])
-def test_a_loss_that_is_not_finite(when, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "CHECKPOINT_SECONDS", 0.0)
-
-    class Diverging(Method):
-        needs_teacher = False
-
-        def forward(self, step: Step) -> dict[str, Tensor]:
-            ce = F.cross_entropy(step.student_logits, step.y)
-            return {"ce": ce, "extra": ce * float("nan") if when == "first" or step.progress >= 0.5 else ce}
-
-    network = plain()
-    with pytest.raises(StageError) as caught:
-        trained(network, digits, tmp_path, Diverging())
-    step, epoch = (1, 1) if when == "first" else (6, 2)
-    stays = (
-        f"the last good checkpoint stays in {tmp_path}" if when == "later" else "no checkpoint was written before it"
-    )
-    assert str(caught.value) == (
-        f"error: the loss is not finite at step {step} of 10 (epoch {epoch}): loss is nan, loss_extra is nan\n"
-        f"       {stays}\n"
-        "fix:   lower train.lr, set train.clip=1, or look for extreme values in the data"
-    )
-    assert caught.value.exit_code == 4
-    file = tmp_path / distill.CHECKPOINT
-    assert file.exists() == (when == "later")
-    if file.exists():
-        state = distill.read_checkpoint(file)
-        assert state["epoch"] == 1
-        assert all(value.isfinite().all() for value in state["network"].values())
-
-
-def test_weights_that_are_not_finite_are_never_saved(digits, tmp_path, monkeypatch):
-    """The last step's gradient ruins the weights; its loss was still finite, but what is validated is not."""
-    monkeypatch.setattr(distill, "CHECKPOINT_SECONDS", 0.0)
-    with pytest.raises(StageError, match=r"not finite by step 5 of 5 \(epoch 1\): val_loss is nan"):
-        trained(Exploding(), digits, tmp_path, epochs=1, lr=1.0)
-    assert not (tmp_path / distill.CHECKPOINT).exists()
-
-
-class Exploding(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(64, 10)
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += self.training
-        logits: Tensor = self.fc(x.flatten(1))
-        if self.training and self.calls == 5:
-            logits.register_hook(lambda grad: grad * float("inf"))
-        return logits
 
 
 def test_batch_normalisation_needs_two_samples(digits, tmp_path):
