@@ -13,6 +13,7 @@ from edgekd.errors import RecipeError, unknown
 from edgekd.networks.ensemble import member_paths
 from edgekd.networks.mobilenet import MobileNetV2
 from edgekd.networks.resnet import CifarResNet, WideResNet
+from edgekd.networks.sensor import Sensor
 from edgekd.networks.unet import UNet
 
 Owner = Literal["student", "teacher"]
@@ -115,13 +116,15 @@ def answer(network: nn.Module, x: Tensor, owner: Owner) -> Tensor:
 
 def default_taps(network: nn.Module, place: Place, owner: Owner) -> list[str]:
     """Where edgekd's own networks are tapped: `maps` at the ends of the stages, the `embedding` before the logits; an
-    ensemble in its first member.
+    ensemble in its first member, a sensor in its network.
 
     Raises RecipeError for any other network: its owner has to say.
     """
     if paths := member_paths(network):
         first, *_ = paths
         return [f"{first}.{path}" for path in default_taps(network.get_submodule(first), place, owner)]
+    if isinstance(network, Sensor):
+        return [f"network.{path}" for path in default_taps(network.network, place, owner)]
     if isinstance(network, CifarResNet | WideResNet):
         return ["pool"] if place == "embedding" else [f"stages.{number}" for number in range(len(network.stages))]
     if isinstance(network, UNet) and place == "maps":

@@ -10,6 +10,7 @@ from edgekd import data, networks
 from edgekd import recipe as recipes
 from edgekd.data import Shape
 from edgekd.errors import RecipeError
+from edgekd.methods.taps import Taps, default_taps
 
 BOTH = Shape(3, 8, 8)
 NARROW = {"network": "resnet", "depth": 8, "width": 0.25}
@@ -29,6 +30,12 @@ def test_it_computes_what_its_network_computes_of_its_channels(channels):
     blind = x.clone()
     blind[:, others] = 1e3
     torch.testing.assert_close(made(blind), made(x))
+
+
+def test_it_is_tapped_in_its_network():
+    made = build([1])
+    assert default_taps(made, "embedding", "student") == ["network.pool"]
+    assert Taps(made, default_taps(made, "maps", "student"), "student").probe(made, torch.randn(2, 3, 8, 8))
 
 
 def test_its_activations_can_be_swapped_and_its_weights_brought_along(tmp_path):
