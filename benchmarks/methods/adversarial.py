@@ -267,10 +267,8 @@ def sparse(seed: int, only: Sequence[str]) -> Iterator[Result]:
     rows = {
         "scratch": made("scratch"),
         "kd": made("kd"),
-        "adversarial training": AdversarialTraining(),
         "pruned, then adversarial training": PrunedFirst(),
         "robust_prune": made("robust_prune", **options),
-        "robust_prune, no penalty": made("robust_prune", **options, penalty=0.0),
     }
     yield from students(rows, seed, only, many(), budget=ROBUST_BUDGET, of=of, about=found)
     small = {"adversarial training, small network": AdversarialTraining()}
@@ -283,9 +281,8 @@ def about_sparse(rows: Rows) -> str:
          f"{rows.values(row, 'weights')[0]:,.0f}" if row in rows.students() else ""]
         for row in rows.lines
     ]  # fmt: skip
-    said = [rows.says("robust_prune", base, key="robust") for base in (
-        "pruned, then adversarial training", "adversarial training, small network", "robust_prune, no penalty"
-    )]  # fmt: skip
+    rivals = ("pruned, then adversarial training", "adversarial training, small network")
+    said = [rows.says("robust_prune", rival, key="robust") for rival in rivals]
     held = statistics.mean(rows.values("robust_prune", "held"))
     return (
         f"{under_attack(rows)} robust_prune leaves a tenth of the single weights; so does the rival, which trains"
