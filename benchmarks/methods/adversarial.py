@@ -33,6 +33,7 @@ STEP_SIZES = (0.3, 0.1, 0.03)
 DFAD_BUDGET = Train(epochs=25, batch_size=32, lr=0.05, keep="last")
 LONG_BUDGET = DFAD_BUDGET.model_copy(update={"epochs": 100})
 ROBUST_BUDGET = Train(epochs=15, batch_size=64, lr=0.05, keep="last")
+SPARSE_BUDGET = ROBUST_BUDGET.model_copy(update={"epochs": 10})
 EPSILON, TRAIN_STEPS = 25.5, 5  # 0.1 of the pixel scale
 ATTACK = {"epsilon": EPSILON, "step_size": EPSILON / 4, "steps": TRAIN_STEPS}
 SANITY = 128.0
@@ -241,14 +242,14 @@ def about_ard(rows: Rows) -> str:
         ("ard", "adversarial training"), ("ard, replays 4", "ard"), ("ard", "kd"), ("kd, robust teacher", "kd")
     )]  # fmt: skip
     return (
-        f"{under_attack(rows)} `ard` has temperature 4 and KL summed over the classes here.\n\n"
+        f"{under_attack(rows, ROBUST_BUDGET)} `ard` has temperature 4 and KL summed over the classes here.\n\n"
         f"{table(['', 'as they are', 'PGD-20', 'must fail'], shown)}\n\nUnder PGD-20 {'; '.join(said)}."
     )
 
 
-def under_attack(rows: Rows) -> str:
+def under_attack(rows: Rows, budget: Train) -> str:
     return (
-        f"{setting(rows, many(), ROBUST_BUDGET)} Training attacks are PGD-{TRAIN_STEPS} within {EPSILON}/255, the"
+        f"{setting(rows, many(), budget)} Training attacks are PGD-{TRAIN_STEPS} within {EPSILON}/255, the"
         f" robust teacher's too. Under PGD-20 within {EPSILON}/255, and within {SANITY:g}/255, where it must succeed."
     )
 
@@ -270,9 +271,9 @@ def sparse(seed: int, only: Sequence[str]) -> Iterator[Result]:
         "pruned, then adversarial training": PrunedFirst(),
         "robust_prune": made("robust_prune", **options),
     }
-    yield from students(rows, seed, only, many(), budget=ROBUST_BUDGET, of=of, about=found)
+    yield from students(rows, seed, only, many(), budget=SPARSE_BUDGET, of=of, about=found)
     small = {"adversarial training, small network": AdversarialTraining()}
-    yield from students(small, seed, only, many(), budget=ROBUST_BUDGET, of=of, about=found, size=SMALL)
+    yield from students(small, seed, only, many(), budget=SPARSE_BUDGET, of=of, about=found, size=SMALL)
 
 
 def about_sparse(rows: Rows) -> str:
@@ -285,7 +286,7 @@ def about_sparse(rows: Rows) -> str:
     said = [rows.says("robust_prune", rival, key="robust") for rival in rivals]
     held = statistics.mean(rows.values("robust_prune", "held"))
     return (
-        f"{under_attack(rows)} robust_prune leaves a tenth of the single weights; so does the rival, which trains"
+        f"{under_attack(rows, SPARSE_BUDGET)} robust_prune leaves a tenth of the single weights; so does the rival, which trains"
         f" without an attack, prunes at {PRUNED_AT:.0%} of the training and trains the rest under attack; the small"
         " network has about as many weights, all of them. The robust teacher teaches kd too.\n\n"
         f"{table(['', 'as they are', 'PGD-20', 'must fail', 'weights'], shown)}\n\nUnder PGD-20 {'; '.join(said)}."
