@@ -287,8 +287,8 @@ def about_sparse(rows: Rows) -> str:
     held = statistics.mean(rows.values("robust_prune", "held"))
     return (
         f"{under_attack(rows, SPARSE_BUDGET)} robust_prune leaves a tenth of the single weights; so does the"
-        f" rival, which trains without an attack, prunes at {PRUNED_AT:.0%} of the training and trains the rest under attack; the"
-        " small network has about as many weights, all of them. The robust teacher teaches kd too.\n\n"
+        f" rival, which trains without an attack, prunes at {PRUNED_AT:.0%} of the training and trains the rest under"
+        " attack; the small network has about as many weights, all of them. The robust teacher teaches kd too.\n\n"
         f"{table(['', 'as they are', 'PGD-20', 'must fail', 'weights'], shown)}\n\nUnder PGD-20 {'; '.join(said)}."
         f" Beside the weights and the optimiser's moments robust_prune holds {held:.0f} number for each weight, which"
         " of them are kept; ADMM would hold two copies of the weights more."
