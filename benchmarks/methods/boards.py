@@ -38,6 +38,7 @@ FOUR: dict[str, Row] = {
     "kd": (1, "kd", {}),
     "spread, no silence in training": (1, "spread", {"silent": 0.0}),
     "spread, no imitation": (1, "spread", {"feature_weight": 0.0}),
+    "spread, no imitation, silent 0.5": (1, "spread", {"feature_weight": 0.0, "silent": 0.5}),
     **SPREAD,
 }
 EIGHT: dict[str, Row] = {"kd": (1, "kd", {}), **SPREAD}
@@ -78,6 +79,7 @@ class Boards:
         lines = [
             [row, *(rows.mean(row, f"silent_{silent}", 1) for silent in range(self.count)), f"{kept[row]:.0%}"]
             for row in self.rows
+            if row in rows.lines
         ]
         header = ["", *(f"{silent} silent" for silent in range(self.count)), "kept with half silent"]
         share = statistics.mean(rows.values("spread", "part")) / networks.count_params(network(TEACHER, many(), 0))
