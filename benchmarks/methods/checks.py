@@ -206,8 +206,9 @@ def about_sensor(rows: Rows) -> str:
         f" new one alone, which is coarse and noisy, and learns for {STEPS} steps from so many labelled pairs of"
         " images. `kd` has weight 0.9, and the others are kd too: annealed, and selective.\n\n"
         + table(["labelled pairs", *map(str, PAIRS)], lines)
-        + f"\n\nAll {len(data.load('digit_sensors', {}).train)} pairs without a label, as long:"
-        f" {rows.mean(ALL_PAIRS)}. {'; '.join(said)}; the second of each number of pairs is the best of the others."
+        + f"\n\n{'; '.join(said)}; the second of each number of pairs is the best of the others. All"
+        f" {len(data.load('digit_sensors', {}).train)} pairs without a label, as long, reach {rows.mean(ALL_PAIRS)}:"
+        f" {rows.says(ALL_PAIRS, f'scratch, {PAIRS[0]}')}, which is where the paper has .77 against .37."
     )
 
 
