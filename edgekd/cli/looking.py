@@ -123,7 +123,20 @@ def _show_examined(found: dict[str, Any], terminal: Terminal) -> None:
         rows = [(row["node"], row["effect"], row["reason"], row["fix"]) for row in findings]
         terminal.table(("node", "effect", "reason", "to mend it"), rows)
     if layers := compiled.get("layers"):
-        kernels = [(row["name"], *(" ".join(row[key]) for key in ("inputs", "outputs", "nodes"))) for row in layers]
+        kernels = [
+            (row["name"], " ".join(row["inputs"]), " ".join(row["outputs"]),
+             " ".join(node for node in row["nodes"] if not node.lower().endswith("quantizelinear")))
+            for row in layers
+        ]  # fmt: skip
         terminal.table(("kernel", "reads", "makes", "of the nodes"), kernels)
-    numbers = [f"{key} {value}" for key, value in compiled.items() if isinstance(value, int) and key != "sm"]
-    terminal.say(f"{len(findings)} findings; {found['evidence']}" + (f": {', '.join(numbers)}" if numbers else ""))
+    for alarm in compiled.get("alarms", ()):
+        terminal.say(f"alarm: {alarm}")
+    for reason in compiled.get("refused", ()):
+        terminal.say(f"{compiled['compiler']} refuses it: {reason}")
+    told = f"{len(findings) or 'no'} finding{'s' * (len(findings) != 1)}; {found['evidence']}"
+    if compiled.get("kernels"):
+        told += (
+            f": {compiled['int8_convolutions']} of {compiled['convolutions']} convolutions and"
+            f" {compiled['int8_products']} of {compiled['products']} products in INT8, {compiled['kernels']} kernels"
+        )
+    terminal.say(told)

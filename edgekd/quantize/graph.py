@@ -23,6 +23,7 @@ T = TypeVar("T", onnx.ModelProto, onnx.NodeProto, onnx.TensorProto)
 LMA_DOMAIN = "edgekd"  # of the model-local function edgekd.LMA, one node for a whole layer
 STANDARD_DOMAINS = ("", "ai.onnx")
 PER_CHANNEL_OPSET = 13  # the first whose Q/DQ pairs take one scale for each channel
+HALF = "_fp16"  # behind the name of a tensor: the same in half precision
 # Rounding before one of these is rounding after it: they move values and make none. Pad makes zeros, which are exact.
 MOVES_VALUES = ("Flatten", "Identity", "MaxPool", "Pad", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 # Where each operator keeps its output channels in the weight [axis]; Gemm and MatMul see `_channel_axis`.

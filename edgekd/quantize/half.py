@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.errors import unknown
 from edgekd.quantize import account, calibration, ptq
-from edgekd.quantize.graph import STANDARD_DOMAINS, Graph, copied, load
+from edgekd.quantize.graph import HALF, STANDARD_DOMAINS, Graph, copied, load
 from edgekd.quantize.quantizers import ModelQuantizer, Samples
 from edgekd.registry import register
 
@@ -29,7 +29,6 @@ Array = npt.NDArray[Any]
 LARGEST = float(np.finfo(np.float16).max)
 # Rounding to float16 costs 73 dB; below its smallest normal number, 6.1e-5, it costs more with every halving.
 LOW_SQNR_DB = 40.0
-HALF = "_fp16"
 
 
 @register("quantizer", "fp16")

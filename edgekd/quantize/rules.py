@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from edgekd.quantize.graph import PER_CHANNEL_OPSET, STANDARD_DOMAINS, Graph, Layer, attributes, lma_name
+from edgekd.quantize.graph import HALF, PER_CHANNEL_OPSET, STANDARD_DOMAINS, Graph, Layer, attributes, lma_name
 
 Array = npt.NDArray[Any]
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -147,7 +147,7 @@ def layers_with_weights(graph: Graph) -> Iterator[onnx.NodeProto]:
 
 def layer_name(node: onnx.NodeProto, graph: Graph) -> str:
     """The torch module's name of a layer, where its weight is called after it."""
-    return _weight(node, graph).removesuffix(".weight")
+    return _weight(node, graph).removesuffix(HALF).removesuffix(".weight")
 
 
 def _weight(node: onnx.NodeProto, graph: Graph) -> str:

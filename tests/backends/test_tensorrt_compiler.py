@@ -13,10 +13,10 @@ import torch
 
 from edgekd import activations, export, networks, registry, target
 from edgekd.activations import multi_segment_layers
-from edgekd.backends.tensorrt import TensorRT, compiler
+from edgekd.backends.tensorrt import TensorRT, built, compiler
 from edgekd.data import Shape
 from edgekd.errors import MissingError, StageError
-from edgekd.quantize import ptq
+from edgekd.quantize import half, ptq
 
 needs_compiler = pytest.mark.skipif(bool(compiler.missing()), reason=f"extra trt-check: {compiler.missing()}")
 IMAGE = (3, 32, 32)
@@ -192,6 +192,29 @@ def test_what_counts_as_int8(row, integer):
     assert kernel.nodes == ("conv", "w_QuantizeLinear")
     assert (kernel.inputs, kernel.constants, kernel.outputs) == ((row["input"],), (row["constant"],), ("Float",))
     assert kernel.tactic == "t"
+
+
+def test_a_layer_runs_in_the_precision_of_what_multiplies_for_it(tmp_path, make_onnx):
+    """What casts the images for a convolution has its name too, and comes first."""
+    half.quantize(make_onnx(), tmp_path / "half.onnx", np.ones((2, 3, 6, 6), np.float32))
+    rows = [("__myl_Cast_myl0_0", "kgen", "Float"), ("conv_myl0_1", "correlation", "Half")]
+    text = [ROW.format(name=name, type=kind, input=reads, constant="Half") for name, kind, reads in rows]
+    layer, _ = built.layer_rows(onnx.load(tmp_path / "half.onnx"), compiler.kernels_from_log("\n".join(text)))
+    assert layer == {"layer": "kernel", "operator": "Conv", "asked": "fp16", "ran": "fp16", "kernel": "conv_myl0_1"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("activation", ["relu", "continuous"])
+def test_half_precision_is_what_the_graph_says(tmp_path, activation):
+    network_name, options = ZOO["student-3"]
+    network = networks.build(network_name, options, Shape(*IMAGE), 10, ACTIVATIONS[activation], 0).eval()
+    image = np.random.default_rng(0).standard_normal((1, *IMAGE)).astype(np.float32)
+    file, form = tmp_path / "float.onnx", TensorRT.forms["continuous"]
+    export.export(network, file, example=image, opset=20, dynamic_batch=False, form=form, metadata={})
+    half.quantize(file, tmp_path / "half.onnx", image)
+    compiled = compiler.compiled(tmp_path / "half.onnx", tmp_path / "log", precision="fp16")
+    rows = built.layer_rows(onnx.load(tmp_path / "half.onnx"), compiled.kernels)
+    assert [(row["asked"], row["ran"]) for row in rows] == [("fp16", "fp16")] * len(rows) and len(rows) == 6
 
 
 def test_what_runs_on_the_host_is_no_kernel():

@@ -66,7 +66,8 @@ def _asked(node: onnx.NodeProto, graph: Graph) -> str:
 
 
 def _ran(name: str, kernels: tuple[Kernel, ...]) -> dict[str, str]:
-    """The kernel that multiplies for a node. One that only reorders its weights has its name too."""
+    """The kernel that multiplies for a node. One that casts or reorders for it has its name too; a small product may be
+    a kernel of elementwise steps."""
     named = [kernel for kernel in kernels if name in kernel.nodes and "reformat" not in kernel.type.lower()]
     integer = [kernel for kernel in named if kernel.multiplies_integers]
     accelerated = [kernel for kernel in kernels if kernel.type == "DLA"]
@@ -74,8 +75,10 @@ def _ran(name: str, kernels: tuple[Kernel, ...]) -> dict[str, str]:
         return {"ran": "on the DLA", "kernel": accelerated[0].name}
     if not named:
         return {"ran": UNKNOWN, "kernel": ""}
-    kernel = (integer or named)[0]
-    ran = "int8" if integer else next((_FLOATS[kind] for kind in kernel.inputs if kind in _FLOATS), UNKNOWN)
+    kernel = (integer or [one for one in named if one.multiplies] or named)[0]
+    # What is fused with elementwise steps reads what those need; its weights tell.
+    kinds = kernel.inputs if kernel.multiplies or "Half" not in kernel.constants else ("Half",)
+    ran = "int8" if integer else next((_FLOATS[kind] for kind in kinds if kind in _FLOATS), UNKNOWN)
     return {"ran": ran, "kernel": kernel.name}
 
 

@@ -66,11 +66,15 @@ class Kernel:
     nodes: tuple[str, ...]  # names of the ONNX nodes that it computes, or parts of them
 
     @property
-    def multiplies_integers(self) -> bool:
-        """Whether it is a convolution or matrix product of INT8 activations with INT8 weights."""
-        integer = "Int8" in self.inputs and "Int8" in self.constants
+    def multiplies(self) -> bool:
+        """Whether it is a convolution or matrix product, and not what brings values and weights into order for one."""
         fused = self.type == "runtime_fusion"
-        return integer and bool(_FUSED_PRODUCT.match(self.name) if fused else _PRODUCT.search(self.type))
+        return bool(_FUSED_PRODUCT.match(self.name) if fused else _PRODUCT.search(self.type))
+
+    @property
+    def multiplies_integers(self) -> bool:
+        """Whether it is one of INT8 activations with INT8 weights."""
+        return "Int8" in self.inputs and "Int8" in self.constants and self.multiplies
 
 
 @dataclass(frozen=True)
