@@ -51,7 +51,11 @@ RELEASES = {
         "BuilderFlag": ("FP16", "INT8", "GPU_FALLBACK"),
         "NetworkDefinitionCreationFlag": ("EXPLICIT_BATCH", "STRONGLY_TYPED"),
     },
-    "11.4.1": {"BuilderFlag": ("GPU_FALLBACK",), "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",)},
+    "11.4.1": {
+        "BuilderFlag": ("GPU_FALLBACK",),
+        "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
+        "OnnxParserFlag": ("ADJUST_FOR_DLA",),
+    },
 }
 # A module with the interface of TensorRT 8.5 and later; a release's version and flags come before it.
 TENSORRT = """
@@ -63,7 +67,7 @@ import onnx, onnxruntime
 HERE = pathlib.Path(__file__).parent
 def fault(): return (HERE / "fault").read_text() if (HERE / "fault").exists() else ""
 def flags(name, *words): return enum.IntEnum(name, {word: at for at, word in enumerate(words)})
-BuilderFlag, NetworkDefinitionCreationFlag = (flags(name, *words) for name, words in RELEASE.items())
+globals().update({name: flags(name, *words) for name, words in RELEASE.items()})
 ProfilingVerbosity = flags("ProfilingVerbosity", "DETAILED")
 TensorIOMode = flags("TensorIOMode", "INPUT", "OUTPUT")
 LayerInformationFormat = flags("LayerInformationFormat", "JSON")
@@ -107,12 +111,16 @@ class Builder(Thing):
         asked = [flag.name for flag in NetworkDefinitionCreationFlag if network.bits & 1 << flag]
         if fault() == "untyped" and "STRONGLY_TYPED" in asked: return None
         flags = [BuilderFlag(call[1]).name for call in config.calls if call[0] == "set_flag"]
-        head = {"network": asked, "flags": flags, "calls": config.calls[:2], "dla": getattr(config, "DLA_core", -1)}
+        head = {"network": asked, "flags": flags, "parsing": network.parsing, "calls": config.calls[:2]}
+        head["dla"] = getattr(config, "DLA_core", -1)
         return json.dumps(head, default=str).encode() + b"\\n" + network.model
 class OnnxParser(Thing):
-    def __init__(self, network, logger): self.network = network
+    def __init__(self, network, logger):
+        super().__init__()
+        self.network = network
     def parse_from_file(self, path):
         with open(path, "rb") as file: self.network.model = file.read()
+        self.network.parsing = [call[1].name for call in self.calls]
         image = onnxruntime.InferenceSession(self.network.model).get_inputs()[0]
         shape = tuple(size if isinstance(size, int) else -1 for size in image.shape)
         self.network.get_input = lambda at: type("Input", (), {"name": image.name, "shape": shape})

@@ -247,6 +247,18 @@ def test_layers_that_an_accelerator_left_to_the_gpu_raise_an_alarm(build, tmp_pa
     assert made.alarms == ["the DLA was asked for, and the GPU computes 1 layers: classifier"]
 
 
+def test_11_4_reads_a_model_as_an_accelerator_takes_it(tmp_path):
+    board = tensorrt_stand_in.Board(tmp_path / "board", release="11.4.1")
+    job = make_job(tmp_path / "store", target="jetson")
+    job.device = f"local:?python={board.python}"
+    for folder in ("out", "work"):
+        (tmp_path / folder).mkdir()
+    bundle = tensorrt_stand_in.bundle(tmp_path / "dla", dla_core=0, version="11.4.1")
+    stages.build("student", job, {"engine-student": bundle}, tmp_path / "out", tmp_path / "work")
+    head = json.loads((tmp_path / "out" / stages.ENGINE / "model.plan").read_bytes().partition(b"\n")[0])
+    assert (head["parsing"], head["flags"]) == (["ADJUST_FOR_DLA"], ["GPU_FALLBACK"])
+
+
 def test_alarms_name_the_layers_that_run_otherwise(tmp_path):
     rows = [
         {"layer": f"conv{at}", "asked": "int8", "ran": "fp16" if at < 7 else "int8", "kernel": "k"} for at in range(9)

@@ -240,6 +240,12 @@ def test_a_jetson_without_ssh_builds_its_engines_itself(own_done, tmp_path):
     board = tensorrt_stand_in.Board(tmp_path / "board")
     there = packed(own_done.store, "jetson", tmp_path / "sdcard")
     assert "# or: cd student && trtexec --onnx=model.onnx" in (there / "README.md").read_text()
+    # Where trtexec alone is, its times are told, since nothing else can be measured.
+    nano = shutil.copytree(there, tmp_path / "nano")
+    finished = run(tensorrt_stand_in.Board(tmp_path / "trtexec", module=False).python, nano)
+    assert "student, kernels alone: median 0.8 ms" in finished.stdout.splitlines()
+    (error,) = finished.stderr.splitlines()
+    assert error.startswith("error: the benchmark ended without a result: ") and "before TensorRT 8.5" in error
     board.fails_by("memory")
     assert "Cuda Runtime (out of memory)" in run(board.python, there).stderr
     board.fails_by("")

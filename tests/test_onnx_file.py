@@ -207,11 +207,12 @@ def test_a_file_that_cannot_be_timed_is_built_all_the_same(jetson, tmp_path):
 def test_without_a_board_it_is_prepared_and_its_commands_are_given(main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = main("compile", tiny_onnx(tmp_path / "tiny.onnx"), "--target", "jetson")
-    prepared, untimed, first, second, folder = out.splitlines()
+    prepared, untimed, first, second, *timing, folder = out.splitlines()
     assert code == 0 and prepared.startswith("tensorrt 10.3.0, prepared; the board builds the engine; ")
     assert untimed == "not timed; name the board: --device ssh://USER@HOST"
     assert first == "  on the board:  cd engine && python3 -m on_device . && cd .."
     assert "trtexec --onnx=model.onnx --saveEngine=model.plan" in second
+    assert [" --noDataTransfers" in line for line in timing] == [True, False]
     assert not (Path(folder) / "model.plan").exists() and (Path(folder) / "on_device").is_dir()
 
 

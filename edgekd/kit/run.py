@@ -69,6 +69,10 @@ def _built(subject: str, kit: dict[str, Any]) -> dict[str, Any]:
         lines = text.read().splitlines()
     if status:
         raise KitError("the {}'s engine was not built; {} ends:\n{}".format(subject, log, "\n".join(lines[-8:])))
+    with open(os.path.join(subject, "build.json")) as file:
+        for name, times in json.load(file).get("timed", {}).items():
+            median = times.get("latency", {}).get("median", "unknown")
+            print("{}, {}: median {} ms".format(subject, name.replace("_", " "), median), flush=True)
     names = [name for name in kit["built_files"] if os.path.isfile(os.path.join(subject, name))]
     found = {name: _packed(os.path.join(subject, name)) for name in names}
     found["log"] = _content("\n".join(lines).encode()[-LOG_BYTES:])
@@ -92,7 +96,10 @@ def _measured(kit: dict[str, Any]) -> dict[str, Any]:
             shown = told["progress"]
             print("measuring: {progress:.0%}, {left_s:.0f} s left".format(**told), flush=True)
     if process.wait():
-        raise KitError("the benchmark ended without a result:\n{}".format("\n".join(lines[-8:])))
+        told = json.loads(lines[-1])["error"] if lines and lines[-1].startswith('{"error"') else ""
+        raise KitError(
+            "the benchmark ended without a result{}".format(f": {told}" if told else ":\n" + "\n".join(lines[-8:]))
+        )
     with open(SPEC) as file:
         spec = json.load(file)
     return {"spec": spec, "files": {name: _packed(name) for name in kit["measured_files"]}}

@@ -113,6 +113,23 @@ def test_what_it_cannot_run_is_named(make_onnx, tmp_path):
         create().compile(model, tmp_path, threads=1)
 
 
+def test_a_crash_of_its_compiler_is_an_error_with_its_last_lines(make_onnx, tmp_path, monkeypatch):
+    crashing = tmp_path / "runner.py"
+    crashing.write_text("import os\ndef load(folder):\n    print('an assertion of mine', flush=True)\n    os.abort()\n")
+    backend, model = create(), make_onnx()
+    monkeypatch.setattr(backend, "runner", crashing, raising=False)
+    backend.log = tmp_path / "openvino.log"
+    with pytest.raises(StageError) as caught:
+        backend.compile(model, tmp_path, threads=1)
+    assert str(caught.value).splitlines() == [
+        f"error: openvino, compiling {model}: it crashed (SIGABRT)",
+        "       its last lines:",
+        "         an assertion of mine",
+        f"       all of them: {backend.log}",
+        "fix:   export the model in another form, or use another backend",
+    ]
+
+
 def test_nothing_reports_to_anybody(make_onnx, tmp_path):
     create().compile(make_onnx(), tmp_path, threads=1)
     code = (

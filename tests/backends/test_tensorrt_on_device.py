@@ -160,7 +160,7 @@ def test_without_tensorrt_the_package_is_named(bundle, monkeypatch):
     engine = bundle()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(
-        RuntimeError, match=r"the Python module tensorrt is not here .*python3-libnvinfer, or use trtexec"
+        RuntimeError, match=r"the Python module tensorrt is not here .*python3-libnvinfer; before TensorRT 8\.5"
     ):
         load_runner(engine)
 
@@ -267,6 +267,8 @@ def test_the_real_module_has_all_that_is_called():
             "add_optimization_profile",
         ),
         trt.BuilderFlag: ("GPU_FALLBACK",),
+        trt.OnnxParser: ("parse_from_file", "set_flag", "num_errors", "get_error"),
+        trt.OnnxParserFlag: ("ADJUST_FOR_DLA",),
         trt.TensorIOMode: ("INPUT", "OUTPUT"),
         trt.LayerInformationFormat: ("JSON",),
     }.items():  # fmt: skip

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from edgekd.backends import Backend, write_settings
+from edgekd.backends import Backend, opening, write_settings
 from edgekd.errors import MissingError, StageError
 from edgekd.marks import LMA_MARK
 from edgekd.registry import register
 
 NEEDED = ("onnx", "openvino")
+DEVICE_ERROR = "DeviceError"  # of the runner
 
 
 @register("backend", "openvino")
@@ -42,42 +44,38 @@ class OpenVino(Backend):
     def check(self, onnx: Path) -> list[str]:
         """Problems found by onnx's checker, among the layers, and by compiling the model."""
         self.require()
-        from edgekd.backends.openvino import runner
-
         if problems := _problems(onnx):
             return problems
-        try:
-            runner.Runner(str(onnx), self._settings(threads=1))
-        except runner.DeviceError as error:
-            return [str(error)]
-        except RuntimeError as error:
-            return [f"openvino cannot compile {onnx.name}: {_text(error)}"]
-        return []
+        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+            found = self._opened(onnx, Path(folder), threads=1)
+        if found.get("kind") == DEVICE_ERROR:
+            return [found["error"]]
+        return [f"openvino cannot compile {onnx.name}: {_text(found['error'])}"] if "error" in found else []
 
     def compile(self, onnx: Path, out: Path, *, threads: int) -> dict[str, Any]:
-        """Write the model and prove that it compiles for exactly the device asked for."""
+        """Write the model and prove, in a process of its own, that it compiles for exactly the device asked for."""
         self.require()
-        from edgekd.backends.openvino import runner
-
-        try:
-            if problems := _problems(onnx):
-                raise RuntimeError(problems[0])
-            shutil.copyfile(onnx, out / "model.onnx")
-            write_settings(out, self._settings(threads))
-            facts: dict[str, Any] = runner.load(str(out)).facts
-        except runner.DeviceError as error:
+        problems = _problems(onnx)
+        found: dict[str, Any] = {"error": problems[0]} if problems else self._opened(onnx, out, threads)
+        if found.get("kind") == DEVICE_ERROR:
             raise MissingError(
-                str(error),
-                allowed=f"openvino has here: {', '.join(error.known)}",
+                found["error"],
+                allowed=f"openvino has here: {', '.join(found['known'])}",
                 fix="choose among these: {openvino: {device: CPU}} in the target",
-            ) from error
-        except RuntimeError as error:
+            )
+        if "error" in found:
             raise StageError(
-                f"openvino cannot compile {onnx}: {_text(error)}",
+                f"openvino cannot compile {onnx}: {_text(found['error'])}",
                 allowed="the file is damaged, or it asks for what this OpenVINO does not have",
                 fix="export the model again or in another form, or use another backend",
-            ) from error
+            )
+        facts: dict[str, Any] = found["facts"]
         return facts
+
+    def _opened(self, onnx: Path, folder: Path, threads: int) -> dict[str, Any]:
+        shutil.copyfile(onnx, folder / "model.onnx")
+        write_settings(folder, self._settings(threads))
+        return opening.opened(self, onnx, folder)
 
     def _settings(self, threads: int) -> dict[str, Any]:
         return {"backend": self.name, "threads": threads, "device": self.device, "precision": self.precision}
@@ -103,9 +101,9 @@ def _problems(path: Path) -> list[str]:
     ]
 
 
-def _text(error: Exception) -> str:
+def _text(error: str) -> str:
     """The line that says what is wrong, without the places in OpenVINO's source around it."""
-    lines = [line.strip() for line in str(error).strip().splitlines()]
+    lines = [line.strip() for line in error.strip().splitlines()]
     told = [
         line for line in lines if line and not line.startswith(("Exception from", "Check ", "FrontEnd API", "Summary"))
     ]

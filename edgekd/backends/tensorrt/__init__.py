@@ -141,8 +141,15 @@ class TensorRT(Backend):
 
         settings = build.settings_of(str(folder))
         version = tuple(int(part) for part in re.findall(r"\d+", self.version)[:2])
-        argv = trtexec.build_argv("trtexec", version, settings, settings["profile"])
-        return [f"cd {name} && python3 -m on_device . && cd ..", f"# or: cd {name} && {shlex.join(argv)} && cd .."]
+        argv = [
+            trtexec.build_argv("trtexec", version, settings, settings["profile"]),
+            *(trtexec.time_argv("trtexec", version, seconds=10, end_to_end=both) for both in (False, True)),
+        ]
+        said = ["or", "its kernels timed alone", "with the copies in and out"]
+        return [
+            f"cd {name} && python3 -m on_device . && cd ..",
+            *(f"# {what}: cd {name} && {shlex.join(one)} && cd .." for what, one in zip(said, argv, strict=True)),
+        ]
 
     def built(self, folder: Path) -> dict[str, Any]:
         """What the board built: identity, size, the precision of every layer, alarms; see `built.account`."""

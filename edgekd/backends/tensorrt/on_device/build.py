@@ -136,6 +136,8 @@ def _build(trt: Any, logger: Any, folder: str, settings: dict[str, Any], mode: M
         raise RefusedError(logger.errors or ["TensorRT finds no GPU that it can use"]) from None
     network = builder.create_network(_bits(trt.NetworkDefinitionCreationFlag, mode.network))
     parser = trt.OnnxParser(network, logger)
+    if settings["dla_core"] >= 0 and hasattr(getattr(trt, "OnnxParserFlag", None), "ADJUST_FOR_DLA"):  # from 11.4 on
+        parser.set_flag(trt.OnnxParserFlag.ADJUST_FOR_DLA)
     if not parser.parse_from_file(os.path.join(folder, MODEL)):
         raise RefusedError([_complaint(parser.get_error(index)) for index in range(parser.num_errors)])
     config = builder.create_builder_config()

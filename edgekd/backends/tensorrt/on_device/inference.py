@@ -129,7 +129,6 @@ def _module(settings: dict[str, Any]) -> Any:
         return module(settings)
     except ImportError as error:
         raise EngineError(
-            "the Python module {} is not here ({}): sudo apt install python3-libnvinfer, or use trtexec".format(
-                settings["module"], error
-            )
+            "the Python module {} is not here ({}): sudo apt install python3-libnvinfer; before TensorRT 8.5, what"
+            " trtexec timed is all there is".format(settings["module"], error)
         ) from error
