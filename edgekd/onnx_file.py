@@ -29,6 +29,7 @@ from edgekd.tasks.classification import Classification
 STAGE, BUILD_STAGE, FOLDER = "onnx-file", "onnx-file-build", ENGINE
 REFERENCE = Choice("onnxruntime", {})
 SAMPLES = 64
+MEASURED = {"evidence": "measured_on_device"}
 _log = logging.getLogger(__name__)
 OnProgress = Callable[[float, str], None]
 
@@ -85,8 +86,8 @@ def time_file(
     an engine that its board built is timed alone, since such a board has no ONNX Runtime.
 
     They are asked about random images; `accuracy` is how often an engine names the class that ONNX Runtime names here,
-    and `settings`, `latency` and all else are as in a report. Raises RecipeError for a model that is not from images
-    [B, C, H, W] to logits [B, K].
+    `evidence` the level of what was timed; `settings`, `latency` and all else are as in a report. Raises RecipeError
+    for a model that is not from images [B, C, H, W] to logits [B, K].
     """
     reference = compile_file(model, target, REFERENCE, store, on_progress)
     images = random_images(model)
@@ -102,10 +103,10 @@ def time_file(
             "on_progress": lambda share, left_s, text: on_progress(share, text),
         }  # fmt: skip
         if compiled.stage != BUILD_STAGE:
-            return benchmark(student, _engine("teacher", reference), judge=judge, **common)
+            return benchmark(student, _engine("teacher", reference), judge=judge, **common) | MEASURED
         found, answers = measure_alone(student, answer=expected.shape[1:], **common)
     same = tasks.summary(judge.task.quality(answers, judge.labels))
-    return found | {"accuracy": {"student": same}, "speedup": None}
+    return found | {"accuracy": {"student": same}, "speedup": None} | MEASURED
 
 
 def random_images(model: Path) -> npt.NDArray[np.float32]:

@@ -164,6 +164,7 @@ def test_a_file_is_built_on_a_jetson_and_timed_there_by_the_same_engine(jetson, 
     assert [(row["layer"], row["asked"], row["ran"]) for row in built["layers"]] == [
         ("kernel", "fp32", "fp32"), ("matrix", "fp32", "fp32"),
     ]  # fmt: skip
+    assert timed["evidence"] == "measured_on_device"
     assert timed["engines"]["student"]["built"] == []  # it was sent, not built once more
     assert timed["engines"]["student"]["parts_ms"].keys() == {"copy_in", "compute", "copy_out"}
     assert timed["accuracy"]["student"]["score"] == 1 and timed["latency"]["student"]["p50_ms"] > 0

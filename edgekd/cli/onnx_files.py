@@ -121,8 +121,9 @@ def _show_times(backend: str, timed: Mapping[str, Any] | None, untimed: str, ter
     terminal.table(("Runtime", "p50 ms", "p90 ms", "p99 ms", "Same class"), rows)
     for what, value in timed["engines"]["student"].get("parts_ms", {}).items():
         terminal.say(f"{what.replace('_', ' ')}: {value:.3f} ms")
+    told = f"{timed['status']}, {timed['evidence']}"
     if timed["speedup"] is None:
-        terminal.say(f"{timed['status']}: timed alone; same class as ONNX Runtime here")
+        terminal.say(f"{told}: timed alone; same class as ONNX Runtime here")
         return
     low, high = timed["speedup"]["ci95"]
-    terminal.say(f"{timed['status']}: {timed['speedup']['value']:.2f} times ONNX Runtime ({low:.2f} to {high:.2f})")
+    terminal.say(f"{told}: {timed['speedup']['value']:.2f} times ONNX Runtime ({low:.2f} to {high:.2f})")

@@ -54,7 +54,8 @@ def test_a_machine_that_is_no_jetson_says_nothing(tmp_path):
     [
         ("# R32 (release), REVISION: 7.1, GCID: 2", "32.7.1", "4.6.1"),
         ("# R35 (release), REVISION: 4.1, GCID: 2", "35.4.1", "5.1.2"),
-        ("# R38 (release), REVISION: 2.0, GCID: 2", "38.2.0", None),  # not in the table: by its L4T alone
+        ("# R38 (release), REVISION: 2.0, GCID: 2", "38.2.0", "7.0"),
+        ("# R99 (release), REVISION: 2.0, GCID: 2", "99.2.0", None),  # not in the table: by its L4T alone
         ("# R39 (release), REVISION: 2, GCID: 2", "39.2.0", "7.2"),
     ],
 )
