@@ -223,7 +223,7 @@ def test_an_engine_for_another_target_is_refused(engine, python, tmp_path):
 
 def test_images_of_another_size_are_refused(engine, python, tmp_path):
     finished, _ = asked(engine, python, ones(1, size=5), tmp_path)
-    assert finished.returncode == 1 and finished.stderr.startswith("Traceback")  # no answer, and no crash
+    assert finished.returncode == 1 and "Traceback" in finished.stderr  # no answer, and no crash
 
 
 def test_the_agent_runs_it(engine, python, tmp_path):

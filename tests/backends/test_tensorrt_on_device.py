@@ -13,12 +13,14 @@ import numpy as np
 import onnx
 import pytest
 import tensorrt_stand_in
+from onnx import numpy_helper
 from tiny_model import tiny_numpy, tiny_onnx
 
 from edgekd.backends import Engine, load_runner
 from edgekd.backends.tensorrt import ON_DEVICE, TensorRT, compiler
 from edgekd.backends.tensorrt.on_device import build, layers
 from edgekd.errors import MissingError, StageError
+from edgekd.quantize import packing
 
 X = np.random.default_rng(0).standard_normal((7, 3, 6, 6)).astype(np.float32)
 
@@ -295,6 +297,24 @@ def test_what_the_release_would_reject_is_said_before_anything_is_sent(make_onnx
     assert problem == "the model has operators of the domain my.ops, for which TensorRT has no plugin"
     with pytest.raises(StageError, match="for which TensorRT has no plugin"):
         TensorRT().compile(make_onnx(operator="Magic", domain="my.ops"), tmp_path, threads=1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_are_unpacked_for_it(make_onnx, tmp_path, bits):
+    """A student of `quantized_distillation`, as its file is: codes in UINT8, and a function that unpacks them."""
+    file = make_onnx()
+    model = onnx.load(file)
+    codes = np.arange(108, dtype=np.uint8).reshape(1, 108) % 16
+    one, zero = np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
+    packed = packing.Packed(bits, codes, one / 8, zero - 1, (4, 3, 3, 3), np.ones((), np.float32))
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(packed.weight(), "kernel"))
+    packed_model = packing.with_packed(model, {"kernel": packed})
+    assert packed_model.graph.node[0].op_type == f"Unpack{bits}"
+    onnx.save(packed_model, file)
+    assert TensorRT().check(file) == []
+    TensorRT().compile(file, tmp_path, threads=1)
+    constants = {one.name: numpy_helper.to_array(one) for one in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    np.testing.assert_array_equal(constants["kernel"], packed.weight())
 
 
 def test_without_onnx_the_pip_line_is_given(make_onnx, tmp_path, monkeypatch):

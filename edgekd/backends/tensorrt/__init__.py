@@ -168,6 +168,7 @@ class TensorRT(Backend):
         import onnx as onnx_package
 
         from edgekd.backends.tensorrt.prepare import prepared
+        from edgekd.quantize.packing import float_from_packed
 
         try:
             model = onnx_package.load(str(file))
@@ -179,7 +180,7 @@ class TensorRT(Backend):
                 allowed="expected: a model of edgekd export",
                 fix="export the model again",
             ) from error
-        return prepared(model, self.version)
+        return prepared(float_from_packed(model), self.version)  # packed weights are codes in UINT8
 
 
 def precision_of(model: onnx_package.ModelProto) -> str:
