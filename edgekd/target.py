@@ -81,9 +81,7 @@ def load(source: str) -> Target:
     except RecipeError as error:
         origin.locate(error)
         raise
-    target = target.model_copy(update={"backends": complete})
-    _check_accelerator(target)
-    return target
+    return _on_its_board(target, complete)
 
 
 def with_backend(target: Target, text: str) -> Target:
@@ -95,7 +93,33 @@ def with_backend(target: Target, text: str) -> Target:
     if isinstance(backend, str) or len(backend) == 1:
         name, options = choice_from_yaml(backend)
         backend = {name: {**dict(target.choices).get(name, {}), **options}}
-    target = target.model_copy(update={"backends": [checked_choice(backend, "backend", "--backend")]})
+    return _on_its_board(target, [checked_choice(backend, "backend", "--backend")])
+
+
+def _on_its_board(target: Target, backends: list[dict[str, Any]]) -> Target:
+    """The target with these backends, whose options `board` are what the board has.
+
+    Raises RecipeError for a GPU or a deep learning accelerator that the board has not got.
+    """
+    capability = target.board.compute_capability if target.board else None
+    own = f"sm_{capability.replace('.', '')}" if capability else ""
+    for backend in backends:
+        for name, options in backend.items():
+            asked = options.get("gpu", "")
+            if asked == "board" and not own:
+                raise RecipeError(
+                    f"{name}.gpu = board: target {target.name} does not say which GPU its board has",
+                    allowed="expected: a GPU by nvcc's name for it, as sm_87; nvcc --list-gpu-code has all",
+                    fix="name it, or give the target a board with its compute_capability",
+                )
+            if asked and own and asked not in ("board", own):
+                raise RecipeError(
+                    f"{name}.gpu = {asked}: the board of target {target.name} is {own}",
+                    allowed=f"allowed: {own}, or board, which is the same",
+                    fix="set gpu = board, or name another target",
+                )
+            options |= {"gpu": own} if asked and own else {}
+    target = target.model_copy(update={"backends": backends})
     _check_accelerator(target)
     return target
 

@@ -133,3 +133,38 @@ def test_an_accelerator_that_the_board_has_not_got(tmp_path, cores, asked, allow
     if cores:
         file.write_text(file.read_text().replace(f"dla_core: {asked}", "dla_core: 1"))
         assert target.load(str(file)).choices[0].options["dla_core"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"), [("jetson", "sm_87"), ("jetson-agx-thor", "sm_110"), ("jetson-nano", "sm_53")]
+)
+def test_a_backend_takes_the_boards_gpu_and_the_targets_own_options(name, gpu):
+    plain = target.load(name)
+    (own,) = (choice.options for choice in plain.choices if choice.name == "tvm")
+    (chosen,) = target.with_backend(plain, "{tvm: {gpu: board}}").choices
+    assert chosen == ("tvm", own | {"gpu": gpu})
+    assert target.with_backend(plain, f"{{tvm: {{gpu: {gpu}}}}}").choices == [chosen]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "lines"),
+    [
+        ("local", "board", [
+            "error: tvm.gpu = board: target local does not say which GPU its board has",
+            "       expected: a GPU by nvcc's name for it, as sm_87; nvcc --list-gpu-code has all",
+            "fix:   name it, or give the target a board with its compute_capability"]),
+        ("jetson", "sm_90", [
+            "error: tvm.gpu = sm_90: the board of target jetson-orin-nano is sm_87",
+            "       allowed: sm_87, or board, which is the same",
+            "fix:   set gpu = board, or name another target"]),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_the_board_has_not_got(name, gpu, lines):
+    with pytest.raises(RecipeError) as caught:
+        target.with_backend(target.load(name), f"{{tvm: {{gpu: {gpu}}}}}")
+    assert str(caught.value).splitlines() == lines
+
+
+def test_a_gpu_of_ones_own_machine_is_named():
+    (chosen,) = target.with_backend(target.load("local"), "{tvm: {gpu: sm_90}}").choices
+    assert chosen.options["gpu"] == "sm_90"

@@ -171,6 +171,8 @@ def _failure(finished: Finished, url: str, attempts: int) -> StageError:
         return DiskFull(f'benchmark on "{url}": {what}', allowed=last_lines(lines) if lines else "", fix=fix)
     elif "bundle is" in what:
         fix = "sign it: --device 'ssh://...?signing_key=~/.ssh/id_ed25519', by a key that the board's owner has listed"
+    elif "this engine is for" in what:
+        fix = "compile it for that machine: another --target, or other options of the backend: edgekd list backends"
     elif "sha256" in what:
         fix = "send it again: edgekd bench"
     return StageError(f'benchmark on "{url}": {what}', allowed=last_lines(lines) if lines else "", fix=fix)

@@ -91,7 +91,9 @@ def test_libraries_that_cannot_be_fetched_are_a_clear_error(tmp_path, monkeypatc
     error = caught.value
     assert error.what == "apache-tvm-ffi==0.0.1 and apache-tvm==0.0.1 for aarch64 could not be fetched"
     assert "No matching distribution found for apache-tvm-ffi==0.0.1" in error.allowed
-    assert error.fix.endswith(f"or put the two libraries into {tmp_path}/edgekd/tvm/aarch64-0.0.1-0.0.1")
+    assert error.fix.endswith(
+        f"or put libtvm_ffi.so and libtvm_runtime.so into {tmp_path}/edgekd/tvm/aarch64-0.0.1-0.0.1"
+    )
 
 
 def test_libraries_that_are_there_are_not_fetched_again(tmp_path, monkeypatch):
@@ -102,3 +104,5 @@ def test_libraries_that_are_there_are_not_fetched_again(tmp_path, monkeypatch):
     for name in ("libtvm_ffi.so", "libtvm_runtime.so"):
         (tmp_path / "edgekd/tvm/aarch64-1-1" / name).touch()
     assert [file.name for file in libraries.libraries("aarch64")] == ["libtvm_ffi.so", "libtvm_runtime.so"]
+    (tmp_path / "edgekd/tvm/aarch64-1-1/libtvm_runtime_cuda.so").touch()
+    assert libraries.libraries("aarch64", gpu=True)[2].name == "libtvm_runtime_cuda.so"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from edgekd.backends import Backend, write_settings
-from edgekd.backends.tvm import child, libraries
+from edgekd.backends.tvm import child, libraries, nvcc
+from edgekd.backends.tvm.runner import unfit_gpu
 from edgekd.errors import RecipeError, StageError
 from edgekd.registry import register
 
@@ -27,11 +28,13 @@ NEEDED = {"tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi", "onnx": "onnx"}
 
 @register("backend", "tvm")
 class Tvm(Backend):
-    """Apache TVM on a CPU, compiled ahead of time for one kind of processor.
+    """Apache TVM, compiled ahead of time for one kind of CPU, or of NVIDIA GPU.
 
     LMA is computed in the form that is fastest where the model is compiled, or on the board behind `tracker`.
     arch, cpu: what the engine is for, as LLVM calls it: x86_64 or aarch64, and for example cortex-a76. Empty is this
     machine. linker: the C++ compiler that links for `arch`; empty is the usual one.
+    gpu: the NVIDIA GPU that computes, as nvcc calls it, for example sm_87; `board` is that of the target's board; empty
+    is the CPU. It needs nvcc here, is not tuned, and computes INT8 models in float.
     tuning: how long to search for faster loops: none; quick, minutes; full, an hour; or {trials: N, minutes: M}, one or
     both. Results are kept in the store and serve equal layers of other models, and a killed search goes on.
     tracker: where kernels are timed, HOST:PORT/KEY of TVM's RPC tracker; empty is this machine.
@@ -49,13 +52,20 @@ class Tvm(Backend):
         *,
         arch: str = "",
         cpu: str = "",
+        gpu: str = "",
         linker: str = "",
         tuning: Literal["none", "quick", "full"] | dict[str, float] = "none",
         tracker: str = "",
         timeout: float = 900.0,
     ) -> None:
         self.arch, self.cpu, self.linker, self.tracker, self.timeout = arch, cpu, linker, tracker, timeout
-        self.budget = _budget(tuning)
+        self.gpu, self.budget = gpu, _budget(tuning)
+        if gpu and (self.budget or tracker):
+            raise RecipeError(
+                f"backend tvm: gpu = {gpu} cannot be tuned",
+                allowed="expected: tuning = none, and no tracker; only a CPU's loops are searched for",
+                fix="leave out tuning and tracker, or gpu",
+            )
         if tracker and not re.fullmatch(r"[^/]+:\d+/.+", tracker):
             raise RecipeError(
                 f"backend tvm: tracker = {tracker!r} is no address",
@@ -66,17 +76,19 @@ class Tvm(Backend):
     def available(self) -> str:
         """Empty, or why TVM cannot be used here."""
         missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
-        return f"{' and '.join(missing)} not installed: pip install 'edgekd[tvm]'" if missing else ""
+        if missing:
+            return f"{' and '.join(missing)} not installed: pip install 'edgekd[tvm]'"
+        return nvcc.missing() if self.gpu else ""
 
     @property
     def runs_here(self) -> bool:
-        """Not what is compiled for another kind of processor."""
-        return self.arch in ("", platform.machine())
+        """Not what is compiled for another kind of processor or GPU."""
+        return self.arch in ("", platform.machine()) and not (self.gpu and unfit_gpu(self.gpu))
 
     def libraries(self) -> list[Path]:
-        """TVM's runtime for the processor that is compiled for."""
+        """TVM's runtime for what is compiled for."""
         self.require()
-        return libraries.libraries(self.arch)
+        return libraries.libraries(self.arch, gpu=bool(self.gpu))
 
     def check(self, onnx: Path) -> list[str]:
         """Problems found by onnx's checker and by reading the model as TVM does."""
@@ -116,7 +128,7 @@ class Tvm(Backend):
             return child.run(job, self.timeout + 60 * minutes, self.log, watch=tell)
 
     def _asked(self, threads: int) -> dict[str, Any]:
-        options = {"arch": self.arch, "cpu": self.cpu, "linker": self.linker, "tracker": self.tracker}
+        options = {name: getattr(self, name) for name in ("arch", "cpu", "gpu", "linker", "tracker")}
         return {**options, "threads": threads}
 
 

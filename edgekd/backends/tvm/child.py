@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.backends import child
+from edgekd.backends.tvm import nvcc
 
 # TVM pins its threads to cores unless told not to.
 ENVIRONMENT = {"TVM_BIND_THREADS": "0", "OMP_NUM_THREADS": "1"}
@@ -33,6 +34,6 @@ def run(
             fix="export the model in another form, give it more time (option timeout), or use another backend",
             timeout=timeout,
             log=log,
-            environment=ENVIRONMENT,
+            environment=ENVIRONMENT | (nvcc.environment(Path(folder)) if job["gpu"] else {}),
             watch=watch,
         )

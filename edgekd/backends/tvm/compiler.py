@@ -1,8 +1,8 @@
 """From ONNX to a shared library. Runs in a process of its own: `python -m edgekd.backends.tvm.compiler JOB RESULT`.
 
-Both are JSON files. The job: onnx, arch, cpu, linker, threads, and `engine`, the library to write; without it the model
-is only read; `tuning`, None or the search's trials and minutes, with `tracker`, the folder of `records` and the file
-for `progress`. The result: `refused`, sentences on why nothing was made; else `facts` and the runner's `settings`.
+Both are JSON files. The job: onnx, arch, cpu, gpu, linker, threads, and `engine`, the library to write; without it the
+model is only read; `tuning`, None or the search's trials and minutes, with `tracker`, the folder of `records` and the
+file for `progress`. The result: `refused`, sentences on why nothing was made; else `facts` and the runner's `settings`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import tvm
 import tvm.relax.backend.cpu_generic.pipeline as cpu
+import tvm.relax.backend.cuda.pipeline as cuda
 from tvm import relax, tirx
 from tvm.support import cc
 
@@ -31,8 +32,9 @@ from edgekd.artifact import write_synced
 from edgekd.backends.tvm import schedules
 from edgekd.backends.tvm.clock import BoardClock, Clock
 from edgekd.backends.tvm.forms import FormChooser
+from edgekd.backends.tvm.gpu_schedules import gpu_schedules, launches
 from edgekd.backends.tvm.importer import import_model
-from edgekd.backends.tvm.processor import Processor, host_arch, processor_of, runs_here
+from edgekd.backends.tvm.processor import Processor, host_arch, processor_of, runs_here, with_gpu
 from edgekd.backends.tvm.products import INTEGER
 from edgekd.backends.tvm.schedules import Plan, cpu_schedules
 from edgekd.backends.tvm.tuning import Budget, Records, kernel_calls, tasks_of, tune
@@ -59,12 +61,14 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
     """What the child writes."""
     try:
         processor = processor_of(job["arch"], job["cpu"], job["threads"])
+        if job["gpu"]:
+            processor = with_gpu(processor, job["gpu"])
         linker = linker_for(processor, job["linker"])
         clock = clock_for(processor, linker, job["tracker"]) if "engine" in job else None
         forms = FormChooser(processor, clock)
         module = import_model(Path(job["onnx"]), processor, forms)
         if job["tuning"] and not clock:
-            raise ValueError(NO_CLOCK.format(processor.cpu))
+            raise ValueError(NO_CLOCK.format(processor.name))
     except (tvm.error.OpNotImplemented, ValueError) as error:
         return {"refused": [str(error).strip().splitlines()[0]]}
     if "engine" not in job:
@@ -77,7 +81,7 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
     built.executable.export_library(str(engine), fcompile=cc.cross_compiler(linker) if linker else None)
     version = tvm.__version__
     facts = {
-        "runtime": "tvm", "version": version, "providers": [processor.cpu], "threads": processor.threads,
+        "runtime": "tvm", "version": version, "providers": [processor.name], "threads": processor.threads,
         "kernels": len(built.kernels),
         "int8_kernels": sum(INTEGER in kernel.name for kernel in built.kernels),
         "unscheduled": [kernel.name for kernel in built.kernels if not kernel.scheduled],
@@ -86,6 +90,7 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     settings = {
         "version": version, "arch": processor.arch, "cpu": processor.cpu, "needs": list(processor.needs),
+        "gpu": processor.gpu,
         "sha256": hashlib.sha256(engine.read_bytes()).hexdigest(),
     }  # fmt: skip
     return {"refused": [], "facts": facts, "settings": settings}
@@ -161,7 +166,7 @@ def fused(module: Any, processor: Processor) -> Any:
     with target:
         return tvm.transform.Sequential(
             [
-                *cpu.library_dispatch_passes(target),
+                *lowering(processor).library_dispatch_passes(target),
                 transform.DeadCodeElimination(["main"]),
                 transform.DecomposeOpsForInference(),
                 transform.LegalizeOps(),
@@ -176,21 +181,24 @@ def fused(module: Any, processor: Processor) -> Any:
 
 def build(module: Any, processor: Processor, chosen: Mapping[str, Plan]) -> Built:
     """Compile a fused module, its kernels scheduled as chosen."""
-    target, kernels = processor.target(), list[Kernel]()
+    target, kernels, lower = processor.target(), list[Kernel](), lowering(processor)
 
     @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
     def count(module: Any, context: Any) -> Any:
         del context
         for called in kernel_calls(module):
             scheduled = bool(module[called].attrs.get("tirx.is_scheduled", False))
-            kernels.append(Kernel(str(called.name_hint), scheduled))
+            parts = launches(module[called]) if processor.gpu else 1
+            kernels.extend([Kernel(str(called.name_hint), scheduled)] * parts)
         return module
 
+    no_reshapes, *dataflow = lower.dataflow_lower_passes(target)  # they become views, of which nothing is computed
     passes = [
-        cpu_schedules(processor, chosen),
+        gpu_schedules(processor) if processor.gpu else cpu_schedules(processor, chosen),
+        no_reshapes,
         count,
-        *cpu.dataflow_lower_passes(target),
-        *cpu.finalize_passes(target),
+        *dataflow,
+        *lower.finalize_passes(target),
     ]
 
     @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
@@ -200,7 +208,13 @@ def build(module: Any, processor: Processor, chosen: Mapping[str, Plan]) -> Buil
             return tvm.transform.Sequential(passes)(module)
 
     fresh = tvm.IRModule(dict(module.functions_items()))  # scheduling changes a module in place
-    return Built(relax.build(fresh, target=target, relax_pipeline=pipeline), kernels)
+    with target:  # nvcc is asked for code for the target that is the current one
+        return Built(relax.build(fresh, target=target, relax_pipeline=pipeline), kernels)
+
+
+def lowering(processor: Processor) -> Any:
+    """TVM's own passes for what computes."""
+    return cuda if processor.gpu else cpu
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The processor that an engine is made for: what its vectors hold and how many registers it has."""
+"""The processor that an engine is made for: its vectors and registers, or the GPU beside it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import subprocess
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tvm
@@ -14,11 +15,15 @@ ARCHITECTURES = ("aarch64", "x86_64")
 LINUX_NAMES = {"dotprod": "asimddp", "fullfp16": "asimdhp", "sve": "sve", "sve2": "sve2"}
 # Instruction sets of x86 that code for a newer processor is likely to use.
 X86_PREFIXES = ("avx", "fma", "f16c", "gfni")
+# What every GPU of the last ten years has.
+GPU = {
+    "kind": "cuda", "max_threads_per_block": 1024, "max_shared_memory_per_block": 48 << 10, "thread_warp_size": 32
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Processor:
-    """A CPU as the schedules see it."""
+    """A CPU as the schedules see it; or with `gpu` the host of one, whose threads compute one value at a time."""
 
     arch: str  # x86_64 or aarch64
     cpu: str  # LLVM's name
@@ -27,6 +32,7 @@ class Processor:
     threads: int
     needs: tuple[str, ...]  # instruction sets, as /proc/cpuinfo calls them without underscores
     dot: Dot | None  # how it multiplies INT8; without one, codes are multiplied as floats
+    gpu: str = ""  # as nvcc calls it, for example sm_87
 
     @property
     def lanes(self) -> int:
@@ -36,11 +42,17 @@ class Processor:
     @property
     def looks_up_bytes(self) -> bool:
         """Whether it picks bytes from two registers: then a table of 256 entries is never in memory."""
-        return "avx512vbmi" in self.needs
+        return "avx512vbmi" in self.needs and not self.gpu
+
+    @property
+    def name(self) -> str:
+        """What computes."""
+        return self.gpu or self.cpu
 
     def target(self) -> Any:
         """TVM's target."""
-        return tvm.target.Target(_fields(self.arch) | {"mcpu": self.cpu, "num-cores": self.threads})
+        host = tvm.target.Target(_fields(self.arch) | {"mcpu": self.cpu, "num-cores": self.threads})
+        return tvm.target.Target(GPU | {"arch": self.gpu}, host) if self.gpu else host
 
 
 def host_arch() -> str:
@@ -49,9 +61,9 @@ def host_arch() -> str:
 
 
 def runs_here(processor: Processor) -> bool:
-    """Whether this machine runs what is compiled for the processor."""
+    """Whether this machine's CPU runs what is compiled for the processor."""
     here = processor_of("", "", processor.threads)
-    return processor.arch == here.arch and set(processor.needs) <= set(here.needs)
+    return not processor.gpu and processor.arch == here.arch and set(processor.needs) <= set(here.needs)
 
 
 def processor_of(arch: str, cpu: str, threads: int) -> Processor:
@@ -78,6 +90,14 @@ def processor_of(arch: str, cpu: str, threads: int) -> Processor:
     dot = VNNI if wide and "avx512vnni" in features else None
     bits = 512 if wide else 256 if "avx2" in features else 128
     return Processor(arch, cpu, bits, 32 if wide else 16, threads, needs, dot)
+
+
+def with_gpu(host: Processor, gpu: str) -> Processor:
+    """The processor whose GPU computes. Raises ValueError for one that nvcc does not compile for."""
+    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    if gpu not in known:
+        raise ValueError(f"{gpu} is no GPU that the nvcc here compiles for: {', '.join(known)}")
+    return replace(host, vector_bits=32, dot=None, gpu=gpu)
 
 
 def _fields(arch: str) -> dict[str, Any]:
