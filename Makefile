@@ -33,7 +33,7 @@ bench: $(VENV)/dev ## the speed of edgekd itself, against its peers
 	$(BIN)/python benchmarks/trt_check.py
 
 clean: ## remove the environment, caches and build products; results in .edgekd stay
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-3.8 build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

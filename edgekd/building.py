@@ -56,7 +56,7 @@ def build(
         there.put({file.name: file for file in folder.iterdir()})
         key = _key(there, name, backend.name)
         kept = _Kept(store, key)
-        there.put(kept.files(files))
+        there.put(kept.files(files), changes=True)
         on_progress(0.2, f"building on {device.url}")
         finished = _ended(there)
         log.write_text(finished.stdout, encoding="utf-8")

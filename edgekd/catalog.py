@@ -67,10 +67,18 @@ def _registered(entry: registry.Entry) -> dict[str, Any]:
     return {"name": entry.name, "summary": entry.doc, "options": options}
 
 
-def health(devices: Sequence[str], store: Path, *, install: bool = False) -> list[dict[str, str]]:
+def health(
+    places: Sequence[inventory.Place],
+    store: Path,
+    *,
+    wanted: str | None = None,
+    backend: str | None = None,
+    install: bool = False,
+) -> list[dict[str, str]]:
     """Rows of what was looked at, what was found, and the command that mends it (empty when all is well).
 
-    devices: URLs; install: first install on them what runs engines there.
+    places: the devices; wanted: the target whose engines shall run there, else that of the place, else local; backend:
+    another one than the target's; install: first install on them what these engines need.
     """
     found = [_row("edgekd", f"{__version__}, Python {sys.version.split()[0]}")]
     for requirement in importlib.metadata.requires("edgekd") or ():
@@ -86,23 +94,34 @@ def health(devices: Sequence[str], store: Path, *, install: bool = False) -> lis
             reason = f"{error.what}: {error.fix}"
         found.append(_row(f"backend {entry.name}", reason.partition(":")[0] or "ready", reason.partition(": ")[2]))
     found.append(_disk(store))
-    for url in devices:
+    for place in places:
         try:
-            looked_at = _looked_at(url, install)
+            looked_at = _looked_at(place, wanted or place.target, backend, install)
         except EdgekdError as error:
-            if len(devices) == 1:
+            if len(places) == 1:
                 raise
             looked_at = [bootstrap.Finding("device", error.what, error.fix)]
-        found += [_row(f"{url} {one.what}", one.found, one.fix) for one in looked_at]
+        found += [_row(f"{place.url} {one.what}", one.found, one.fix) for one in looked_at]
     return found
 
 
-def _looked_at(url: str, install: bool) -> list[bootstrap.Finding]:
+def _looked_at(
+    place: inventory.Place, wanted: str | None, backend: str | None, install: bool
+) -> list[bootstrap.Finding]:
+    packages = device_packages(target.load(wanted or "local", backend))
+    given = [word for name, value in (("--target", wanted), ("--backend", backend)) if value for word in (name, value)]
     with tempfile.TemporaryDirectory() as folder:
         if install:
-            bootstrap.install(Device(url, Path(folder)))
-        device = Device(url, Path(folder))  # whose Python may be the one that was installed
-        return [*bootstrap.findings(device.facts(), url), bootstrap.turn(device)]
+            bootstrap.install(Device(place.url, Path(folder)), packages)
+        device = Device(place.url, Path(folder))  # whose Python may be the one that was installed
+        command = bootstrap.install_command(place.url, packages, given)
+        return [*bootstrap.findings(device.facts(), packages, command), bootstrap.turn(device)]
+
+
+def device_packages(chosen: target.Target) -> list[str]:
+    """What must be installed on a device: numpy for the agent, and what the runners of the target's backends import."""
+    backends = (registry.entry("backend", choice.name).load() for choice in chosen.choices)
+    return ["numpy", *(package for backend in backends for package in getattr(backend, "device_packages", ()))]
 
 
 def _disk(store: Path) -> dict[str, str]:

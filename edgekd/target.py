@@ -63,8 +63,9 @@ def names() -> list[str]:
     return sorted(file.stem for file in shipped_folder("targets").glob("*.yaml"))
 
 
-def load(source: str) -> Target:
-    """A shipped target by name or alias, or the user's own by the path of its YAML.
+def load(source: str, backend: str | None = None) -> Target:
+    """A shipped target by name or alias, or the user's own by the path of its YAML; with another backend, if one is
+    named, see `with_backend`.
 
     Raises RecipeError, with its line.
     """
@@ -81,7 +82,8 @@ def load(source: str) -> Target:
     except RecipeError as error:
         origin.locate(error)
         raise
-    return _on_its_board(target, complete)
+    target = _on_its_board(target, complete)
+    return target if backend is None else with_backend(target, backend)
 
 
 def with_backend(target: Target, text: str) -> Target:

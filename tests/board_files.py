@@ -69,6 +69,7 @@ RASPBERRY_PI_4 = {
     "etc/os-release": 'NAME="Debian"\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n',
 }
 INA3221 = "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon3/"
+GPU = "sys/class/devfreq/17000000.gpu/"
 JETSON_ORIN_NANO = {
     **device_tree(
         "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "nvidia,p3767-0005", "nvidia,tegra234"
@@ -79,6 +80,8 @@ JETSON_ORIN_NANO = {
     **{f"{INA3221}in{index}_label": rail for index, rail in enumerate(("VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"), 1)},
     **{f"{INA3221}in{index}_input": str(mv) for index, mv in enumerate((4968, 4960, 4960), 1)},
     **{f"{INA3221}curr{index}_input": str(ma) for index, ma in enumerate((1520, 1784, 496), 1)},
+    **{f"{GPU}{name}_freq": hz for name, hz in (("cur", "1020000000"), ("min", "306000000"), ("max", "1020000000"))},
+    "sys/devices/platform/bus@0/17000000.gpu/load": "999",
     f"{INA3221}in7_label": "sum of shunt voltages",
     f"{INA3221}in7_input": "0",
     "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",

@@ -61,6 +61,16 @@ def main(capsys):
         log.setLevel(logging.NOTSET)
 
 
+@pytest.fixture(scope="session")
+def python_3_8() -> Path:
+    """A real Python 3.8 with numpy and ONNX Runtime: the oldest that a board may have."""
+    path = Path(__file__).parents[1] / ".venv-3.8/bin/python"
+    code = "import sys, numpy, onnxruntime; assert sys.version_info[:2] == (3, 8)"
+    if not path.exists() or subprocess.run([path, "-c", code], capture_output=True, check=False).returncode:
+        pytest.skip("no Python 3.8: tests/device/oldest_python makes it where there is one")
+    return path
+
+
 def _heed_ctrl_c() -> None:
     """Where tests run in the background, Ctrl-C is ignored, and children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

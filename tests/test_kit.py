@@ -6,6 +6,7 @@ import ast
 import base64
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tiny_job import make_job
 from edgekd import importing, kit, pipeline, stages
 from edgekd.artifact import Store
 from edgekd.device import Device
+from edgekd.device.signature import sign
 from edgekd.errors import RecipeError, StageError
 from edgekd.stage_table import last_stage
 
@@ -43,9 +45,9 @@ def python_with(folder, *packages):
     return folder / "bin" / "python3"
 
 
-def packed(store, target, folder):
+def packed(store, target, folder, *overrides):
     """The kit of the tiny job, unpacked: its folder."""
-    job = make_job(store, target=str(target))
+    job = make_job(store, *overrides, target=str(target))
     assert last_stage("run", job) == last_stage("export", job) == "kit"
     made = pipeline.run(job, "kit")["kit"]
     with tarfile.open(made.file(stages.ARCHIVE)) as archive:
@@ -53,8 +55,9 @@ def packed(store, target, folder):
     return folder / kit.FOLDER
 
 
-def run(python, folder):
-    return subprocess.run([str(python), "run.py"], cwd=folder, capture_output=True, text=True, check=False)
+def run(python, folder, **variables):
+    env = os.environ | {name: str(value) for name, value in variables.items()}
+    return subprocess.run([str(python), "run.py"], cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +100,41 @@ def test_a_kit_holds_models_samples_and_how_to_run_them(carried):
     assert "    python3 -m agent bench spec.json" in readme
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("benchmark.mode=multi_stream", "benchmark.samples_per_query=3"),
+        ("benchmark.mode=offline", "benchmark.batches=[1,4]", "export.batch=dynamic"),
+        ("benchmark.mode=fps", "benchmark.fps=100", "benchmark.end_to_end=true"),
+        ("benchmark.mode=sustained",),
+    ],
+    ids=lambda overrides: overrides[0].rpartition("=")[2],
+)
+@pytest.mark.slow
+def test_a_kit_measures_in_every_mode(done, tmp_path, overrides):
+    store = Path(shutil.copytree(done.store, tmp_path / "store"))
+    (tmp_path / "board.yaml").write_text(BOARD.format(backend='"null"'))
+    there = packed(store, tmp_path / "board.yaml", tmp_path / "sdcard", "benchmark.seconds=0.3", *overrides)
+    finished = run(sys.executable, there)
+    assert finished.returncode == 0, finished.stderr
+    result = imported(store, there / "results.json")["bench"].result
+    assert result["mode"]["name"] == overrides[0].rpartition("=")[2]
+    assert bool(result["end_to_end"]) == any("end_to_end" in one for one in overrides)
+
+
 def test_the_same_kit_has_the_same_bytes(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     about = {"name": "n", "target": "t", "backend": "b", "built_files": [], "commands": []}
     first, second = (kit.packed(tmp_path / name, {"a.txt": tmp_path / "a.txt"}, **about) for name in ("1", "2"))
     assert first == second and (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+def test_a_kit_runs_under_the_oldest_python(carried, python_3_8, tmp_path):
+    there = Path(shutil.copytree(carried[1], tmp_path / "kit"))
+    (there / "results.json").unlink()
+    finished = run(python_3_8, there)
+    assert finished.returncode == 0, finished.stderr
+    assert (there / "results.json").exists()
 
 
 def test_run_py_is_python_3_8():
@@ -121,6 +154,25 @@ def test_numpy_is_asked_for_by_name(carried, tmp_path):
     finished = run(python_with(tmp_path / "venv"), carried[1])
     assert finished.returncode == 1
     assert "numpy is not installed for" in finished.stderr and "apt-get install python3-numpy" in finished.stderr
+
+
+@pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="no ssh-keygen: apt-get install openssh-client")
+def test_a_board_whose_owner_lists_keys_runs_only_a_kit_that_is_signed(carried, tmp_path):
+    there = Path(shutil.copytree(carried[1], tmp_path / "kit"))
+    (there / "results.json").unlink()
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
+    listed = tmp_path / "home/.edgekd/allowed_signers"
+    listed.parent.mkdir(parents=True)
+    listed.write_text(f"anna {(tmp_path / 'key.pub').read_text()}")
+    refused = run(sys.executable, there, HOME=tmp_path / "home")
+    assert (refused.returncode, refused.stdout, refused.stderr) == (
+        1, "", f"error: the bundle is not signed, and {listed} asks for a signature\n",
+    )  # fmt: skip
+    sign(there / "kit.json", str(tmp_path / "key"))
+    finished = run(sys.executable, there, HOME=tmp_path / "home")
+    assert finished.returncode == 0, finished.stderr
+    job = json.loads((there / "results.json").read_text())["jobs"]["bench"]
+    assert json.loads(base64.b64decode(job["files"]["result.json"]["base64"]))["device"]["signed_by"] == "anna"
 
 
 # ---------------------------------------------------------------- results that are not what they should be

@@ -118,7 +118,8 @@ def test_what_is_copied_to_the_device_stands_alone(module):
     runtimes = {"backends.onnxruntime": "onnxruntime", "backends.openvino": "openvino"}
     runtime = {package for folder, package in runtimes.items() if within(module, (folder,))}
     decoder = {"PIL"} if module == "agent.pictures" else set()  # for images in an image format, where it is there
-    allowed = {"numpy", "agent", "on_device", *runtime, *decoder, *sys.stdlib_module_names}
+    beside = {"porter"} if module == "kit.run" else {"agent", "on_device"}
+    allowed = {"numpy", *beside, *runtime, *decoder, *sys.stdlib_module_names}
     assert {name.partition(".")[0] for name in imports(MODULES[module])} <= allowed
 
 

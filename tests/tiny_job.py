@@ -29,6 +29,23 @@ distill:
   train: {epochs: 1}
 benchmark: {seconds: 0.1, launches: 6}
 """
+# One student on three boards.
+SPREAD = (
+    TINY[: TINY.index("student:")].replace("0.25", "0.375")
+    + """\
+student:
+  network: spread
+  part: {network: resnet, depth: 8, width: 0.25}
+  boards: 3
+  copies: 2
+  filters: 24
+distill:
+  method: spread
+  scratch: false
+  train: {epochs: 1}
+benchmark: {seconds: 0.1, launches: 6}
+"""
+)
 _numbers = itertools.count()
 
 

@@ -14,7 +14,6 @@ from .clocks import restore
 from .conductor import Bench
 from .errors import AgentError
 from .machine import facts
-from .signature import signer_of
 from .worker import work
 
 FULL_BYTES = 1 << 16
@@ -61,9 +60,8 @@ def main() -> int:
         if arguments.lifeline:
             hold_lifeline()
         try:
-            signer = signer_of(arguments.spec, arguments.root)
             with open(arguments.spec) as file:
-                Bench(json.load(file), arguments.root, signer).run()
+                Bench(json.load(file), arguments.root).run()
         except (AgentError, OSError) as error:
             # A file that could not be written whole is reported in as many ways as there are libraries.
             free = shutil.disk_usage(".").free

@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 from .errors import AgentError
-from .sensors import read
+from .sensors import gpus, read
 
 
 def wanted(root: str) -> dict[str, str]:
@@ -30,7 +30,7 @@ def wanted(root: str) -> dict[str, str]:
             files[os.path.join(policy, "scaling_governor")] = "performance"
         files[os.path.join(policy, "scaling_max_freq")] = highest
         files[os.path.join(policy, "scaling_min_freq")] = highest
-    for gpu in sorted(glob.glob(os.path.join(root, "sys/class/devfreq/*gpu*"))):
+    for gpu in gpus(root):
         files[os.path.join(gpu, "min_freq")] = read(os.path.join(gpu, "max_freq"))
     return {file: value for file, value in files.items() if value}
 

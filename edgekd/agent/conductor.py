@@ -101,14 +101,14 @@ class Watch:
 class Bench:
     """One benchmark: launches of timed rounds, then the accuracy pass."""
 
-    def __init__(self, spec: dict[str, Any], root: str = "/", signer: str = "") -> None:
+    def __init__(self, spec: dict[str, Any], root: str = "/") -> None:
         try:
             import numpy as np
         except ImportError:
             raise AgentError(f"numpy is not installed for {sys.executable}") from None
         if spec["version"] != VERSION:
             raise AgentError(f"spec of version {spec['version']}: this agent knows version {VERSION}")
-        self.spec, self.root, self.signer = spec, root, signer
+        self.spec, self.root = spec, root
         verify(spec["files"])
         self.count = len(np.load(spec["samples"], mmap_mode="r", allow_pickle=False))
         self.telemetry = []  # type: list[dict[str, Any]]
@@ -140,7 +140,7 @@ class Bench:
             self.launches.add(reports, self.telemetry, self.started, self.measured_s)
         self.expected_s = 0.0
         self.progress("done")
-        result = dict(self.launches.join(), version=VERSION, device=dict(facts(self.root), signed_by=self.signer))
+        result = dict(self.launches.join(), version=VERSION, device=facts(self.root))
         if clocks:
             clocks.close()
         with open("result.part", "w") as file:

@@ -62,6 +62,8 @@ def facts(root: str = "/") -> dict[str, Any]:
         "tensorrt": _tensorrt(root),
         "trtexec": _trtexec(root),
         "agent": VERSION,
+        # Who has signed this program and what came with it, where somebody has checked that.
+        "signed_by": os.environ.get("EDGEKD_SIGNED_BY", ""),
         "now": dict(sensors.sample(), **_firmware(root)),
     }
 

@@ -6,6 +6,15 @@ import glob
 import os
 from typing import Any
 
+# How the kernels of Jetsons and other boards call the GPU's frequency control, and where a Jetson says how busy it is.
+GPUS = ("*gpu*", "*.gp10b", "*.gv11b", "*.ga10b")
+GPU_LOADS = ("sys/devices/platform/gpu.0/load", "sys/devices/platform/bus@0/*.gpu/load", "sys/devices/gpu.0/load")
+
+
+def gpus(root: str) -> list[str]:
+    """The folders of the frequency controls of GPUs."""
+    return sorted(found for name in GPUS for found in glob.glob(os.path.join(root, "sys/class/devfreq", name)))
+
 
 def read(path: str, limit: int = 1 << 16) -> str:
     """The text of a small file, or "" when it cannot be read.
@@ -41,6 +50,8 @@ class Sensors:
         self._ticks_per_s = os.sysconf("SC_CLK_TCK")
         self._zones = sorted(glob.glob(self._path("sys/class/thermal/thermal_zone*")))
         self._clocks = sorted(glob.glob(self._path("sys/devices/system/cpu/cpufreq/policy*/scaling_cur_freq")))
+        self._gpu_clocks = [os.path.join(gpu, "cur_freq") for gpu in gpus(root)]
+        self._gpu_loads = [path for name in GPU_LOADS for path in sorted(glob.glob(self._path(name)))]
         # A Raspberry Pi's flags; an Intel processor counts.
         self._flags = sorted(glob.glob(self._path("sys/devices/platform/soc*/*firmware/get_throttled")))[:1]
         self._counts = sorted(glob.glob(self._path("sys/devices/system/cpu/cpu*/thermal_throttle/*_throttle_count")))
@@ -67,10 +78,17 @@ class Sensors:
         return {
             "load_average": float(load[0]) if load else None,
             "clock_hz": [1000 * khz for khz in (number(read(path)) for path in self._clocks) if khz is not None],
+            "gpu_clock_hz": max(filter(None, (number(read(path)) for path in self._gpu_clocks)), default=None),
+            "gpu_load": self.gpu_load(),
             "temperature_c": self.temperatures(),
             "throttled": self.throttled(),
             "throttle_count": sum(filter(None, (number(read(path)) for path in self._counts))),
         }
+
+    def gpu_load(self) -> float | None:
+        """The share of its time that the GPU has just been busy."""
+        thousandths = [value for value in (number(read(path)) for path in self._gpu_loads) if value is not None]
+        return thousandths[0] / 1000 if thousandths else None
 
     def throttled(self) -> int | None:
         """The flags of a Raspberry Pi's firmware. Now: 1 under-voltage, 2 capped, 4 throttled, 8 soft limit of the

@@ -57,8 +57,9 @@ class Backend(ABC):
     forms: ClassVar[Mapping[Literal["any", "continuous"], str]]
     # How it wants a quantized model written, see edgekd.quantize.dialects.
     dialect: Literal["int8", "onnxruntime_uint8", "onnxruntime_int8"] = "int8"
-    # Path of runner.py.
+    # Path of runner.py, and the packages of PyPI that it needs on a device beside numpy; `edgekd doctor` installs them.
     runner: ClassVar[Path]
+    device_packages: ClassVar[tuple[str, ...]] = ()
     # A folder for what compiling one model learns for the next, and who is told how far it is: a share and a sentence.
     kept: Path | None = None
     # A file for what a compiler prints, which stays also when it fails; without one, errors show the last lines alone.

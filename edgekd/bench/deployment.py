@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shlex
@@ -15,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgekd.artifact import sha256_of
 from edgekd.backends import Engine
 from edgekd.bench.end_to_end import Pictures
-from edgekd.device import AGENT, JSON_LIMIT_BYTES, Device, Finished, Job, last_lines, parsed
-from edgekd.device.signature import sign
+from edgekd.device import AGENT, JSON_LIMIT_BYTES, Device, Finished, Job, files_below, last_lines, parsed
 from edgekd.errors import ConnectionLost, DiskFull, StageError
 
 _log = logging.getLogger(__name__)
@@ -47,14 +46,15 @@ def measured_on(
     engine cannot be run there.
     """
     sent = bundle(engines, samples, settings, workdir, pictures)
-    if key := device.transport.signing_key:
-        sent["spec.json.sig"] = sign(workdir / "spec.json", key)
+    # Empty, in the place of one that an earlier run may have left there.
+    (workdir / "result.json").write_bytes(b"")
     # Named by what is measured: a benchmark that a killed host left on the device is gone on with.
-    name = _sha256(workdir / "spec.json")[:16]
+    name = sha256_of(workdir / "spec.json")[:16]
     with device.reserved(lambda text: on_progress and on_progress(0.0, 0.0, text)), device.job(name) as job:
         job.put(sent)
+        job.put({"result.json": workdir / "result.json"}, changes=True)
         argv = [job.python, *ARGV]
-        _measure(job, argv, timeout, on_progress, attempts)
+        _measure(job, argv, timeout, on_progress, attempts, backend=next(iter(engines.values())).backend)
         kinds = ("latency", "logits", *(["end_to_end"] if pictures else []))
         return _fetch(job, engines, kinds, workdir) | {"argv": argv}
 
@@ -75,15 +75,16 @@ def bundle(
     stored = pictures.write(workdir / "pictures") if pictures else None
     if stored:
         sent["pictures"] = workdir / "pictures"
+    files = {name: sha256_of(file) for name, file in files_below(sent).items()}
     models = [{"name": name, "folder": name, "runner": f"{name}_runner.py"} for name in engines]
-    spec = dict(settings, models=models, samples="samples.npy", pictures=stored, files=_sha256_by_name(sent))
+    spec = dict(settings, models=models, samples="samples.npy", pictures=stored, files=files)
     (workdir / "spec.json").write_text(json.dumps(spec, indent=2), encoding="utf-8")
-    # Empty, in the place of one that an earlier run may have left there.
-    (workdir / "result.json").write_bytes(b"")
-    return sent | {"spec.json": workdir / "spec.json", "result.json": workdir / "result.json"}
+    return sent | {"spec.json": workdir / "spec.json"}
 
 
-def _measure(job: Job, argv: list[str], timeout: float, on_progress: Progress | None, attempts: int) -> None:
+def _measure(
+    job: Job, argv: list[str], timeout: float, on_progress: Progress | None, attempts: int, backend: str
+) -> None:
     """Run the agent to its end. After a lost connection, a restart of the device or the agent's death it goes on with
     the launch that was interrupted."""
     for attempt in range(1, attempts + 1):
@@ -101,7 +102,7 @@ def _measure(job: Job, argv: list[str], timeout: float, on_progress: Progress | 
         if attempt < attempts:
             _log.warning("%s: the agent was killed; the benchmark goes on", job.device.url)
     if finished.status:
-        raise _failure(finished, job.device.url, attempts)
+        raise _failure(finished, job.device.url, attempts, backend)
 
 
 def _is_over(job: Job) -> bool:
@@ -109,22 +110,6 @@ def _is_over(job: Job) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         job.get("result.json", Path(folder, "result.json"), limit_bytes=JSON_LIMIT_BYTES)
         return Path(folder, "result.json").stat().st_size > 0
-
-
-def _sha256_by_name(sent: Mapping[str, Path]) -> dict[str, str]:
-    """The digest of every file below the given files and folders, by its path on the device."""
-    digests = {}
-    for name, path in sent.items():
-        for file in [path] if path.is_file() else sorted(path.rglob("*")):
-            if file.is_file() and "__pycache__" not in file.parts:
-                target = name if file == path else f"{name}/{file.relative_to(path).as_posix()}"
-                digests[target] = _sha256(file)
-    return digests
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _fetch(job: Job, engines: Mapping[str, Engine], kinds: Iterable[str], workdir: Path) -> dict[str, Any]:
@@ -154,7 +139,7 @@ def _said(line: str, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _failure(finished: Finished, url: str, attempts: int) -> StageError:
+def _failure(finished: Finished, url: str, attempts: int, backend: str) -> StageError:
     lines = [line for line in finished.stderr_tail if not _said(line, "progress")]
     what, fix = "the agent ended without a result", "see whether the engine runs there by itself"
     if finished.status < 0:
@@ -164,13 +149,11 @@ def _failure(finished: Finished, url: str, attempts: int) -> StageError:
     elif lines and (last := _said(lines[-1], "error")):
         what = str(last["error"])
         lines.pop()
-    if "numpy is not installed" in what:
-        fix = shlex.join(["edgekd", "doctor", "--device", url, "--install"])
+    if "numpy is not installed" in what or "No module named" in what:
+        fix = shlex.join(["edgekd", "doctor", "--device", url, "--backend", backend, "--install"])
     elif "disk is full" in what:
         fix = "free some space there, and run it again: finished launches are kept for an hour"
         return DiskFull(f'benchmark on "{url}": {what}', allowed=last_lines(lines) if lines else "", fix=fix)
-    elif "bundle is" in what:
-        fix = "sign it: --device 'ssh://...?signing_key=~/.ssh/id_ed25519', by a key that the board's owner has listed"
     elif "this engine is for" in what:
         fix = "compile it for that machine: another --target, or other options of the backend: edgekd list backends"
     elif "sha256" in what:

@@ -48,6 +48,8 @@ def _telemetry(rows: list[dict[str, Any]], cores: int) -> dict[str, Any]:
         f"{zone}_c": [row["temperature_c"].get(zone) for row in rows] for zone in zones
     }
     series["clock_hz"] = [max(row["clock_hz"], default=None) for row in rows]
+    series["gpu_clock_hz"] = [row["gpu_clock_hz"] for row in rows]
+    series["gpu_load_share"] = [row["gpu_load"] for row in rows]
     series["load_average"] = [row["load_average"] for row in rows]
     for rail in sorted({rail for row in rows for rail in row["power_mw"]}):
         series[f"{rail}_mw"] = [row["power_mw"].get(rail) for row in rows]

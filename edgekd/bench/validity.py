@@ -19,6 +19,7 @@ MAX_UNSETTLED = 0.25  # share of launches whose warm-up did not settle; a single
 MAX_BLOCK_CV = 0.05  # spread of the blocks' medians; trtexec warns above 2.5 %, on boards with locked clocks
 MAX_TREND = 0.05  # from the first third to the last: heat or clocks moved the whole result
 MAX_CLOCK_CHANGE = 0.05  # of the fastest core's clock, 5th to 95th percentile over the run
+BUSY_GPU = 0.1  # share of the time that it works; less, and the models do not run there
 # The flags of a Raspberry Pi's firmware that tell of the present.
 THROTTLED = {
     1: "the supply voltage was too low: use the board's own power supply",
@@ -67,11 +68,15 @@ def _disturbances(telemetry: list[dict[str, Any]], cores: int) -> list[str]:
         share = sum(row.get(key, 0.0) for row in telemetry) / (seconds * cores)
         if share > limit:
             reasons.append(f"foreign load: {what} {share:.0%} of the CPU, at most {limit:.0%} allowed")
-    clocks = [max(row["clock_hz"]) for row in telemetry if row["clock_hz"]]
-    if clocks:
-        low, high = np.quantile(clocks, [0.05, 0.95])
+    clocks = {
+        "": [max(row["clock_hz"]) for row in telemetry if row["clock_hz"]],
+        # An idle GPU's clock moves with the desktop.
+        "the GPU's ": [row["gpu_clock_hz"] for row in telemetry if (row["gpu_load"] or 0) > BUSY_GPU],
+    }
+    for whose, hertz in clocks.items():
+        low, high = np.quantile([hz for hz in hertz if hz] or [1], [0.05, 0.95])
         if high / low - 1 > MAX_CLOCK_CHANGE:
-            reasons.append(f"clocks changed: from {low / 1e6:.0f} to {high / 1e6:.0f} MHz during the run")
+            reasons.append(f"clocks changed: {whose}from {low / 1e6:.0f} to {high / 1e6:.0f} MHz during the run")
     return reasons
 
 

@@ -61,13 +61,14 @@ class Asked:
     def job(self, terminal: Terminal, place: Place | None = None, run_id: str | None = None) -> Job:
         """The job, on a device other than the target's own."""
         from edgekd import recipe as recipes
+        from edgekd import target as targets
         from edgekd.artifact import Store
         from edgekd.stages import Job
 
         loaded, now, target = recipes.load(self.recipe, self.overrides), datetime.now(UTC), self.target_at(place)
         return Job(
             recipe=loaded,
-            target=target_of(target, self.backend),
+            target=targets.load(target, self.backend),
             store=Store(self.store),
             run_id=run_id or f"{now:%Y%m%d-%H%M%S}-{loaded.name}-{os.getpid()}",
             created=now.isoformat(timespec="seconds"),
@@ -75,14 +76,6 @@ class Asked:
             device=place.url if place else "",
             on_progress=terminal.on_progress,
         )
-
-
-def target_of(name: str, backend: str | None) -> Target:
-    """The target of that name, compiled for by `backend` if one is named."""
-    from edgekd import target as targets
-
-    loaded = targets.load(name)
-    return loaded if backend is None else targets.with_backend(loaded, backend)
 
 
 @contextmanager

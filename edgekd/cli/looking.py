@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgekd.cli.options import STORE, ColorOption, DebugOption, JsonOption, StoreOption, TargetOption, terminal_of
+from edgekd.cli.options import (
+    STORE,
+    BackendOption,
+    ColorOption,
+    DebugOption,
+    JsonOption,
+    StoreOption,
+    TargetOption,
+    WhereOption,
+    terminal_of,
+)
 from edgekd.cli.outcome import written
 from edgekd.errors import RecipeError, StageError, unknown
 
@@ -69,13 +79,16 @@ def doctor(
         str,
         typer.Option("--device", metavar="URL|NAME|tag:TAG|all", help="What to look at; names as in ./devices.yaml."),
     ] = "local:",
-    install: Annotated[bool, typer.Option("--install", help="Install there what runs engines, into a venv.")] = False,
+    target: WhereOption = None, backend: BackendOption = None,
+    install: Annotated[
+        bool, typer.Option("--install", help="Install there, into a venv, what runs the target's engines.")
+    ] = False,
     store: StoreOption = STORE, json_: JsonOption = False, no_color: ColorOption = False, debug: DebugOption = False,
 ) -> None:  # fmt: skip
     """Say what is there and what is missing, with the command that installs it."""
     from edgekd import catalog, inventory
 
-    found = catalog.health([place.url for place in inventory.places([device])], store, install=install)
+    found = catalog.health(inventory.places([device]), store, wanted=target, backend=backend, install=install)
     if json_:
         print(json.dumps(found, indent=2))
         return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekd.cli.asked import Asked, located, target_of
+from edgekd.cli.asked import Asked, located
 from edgekd.cli.onnx_files import compile_file
 from edgekd.cli.options import (
     STORE,
@@ -97,8 +97,10 @@ def stage_command(name: str, summary: str) -> Callable[..., None]:
             return _show_plans(jobs, name, terminal, json_) if dry_run else boards.run(jobs, asked, terminal, json_)
         place = places[0] if places else None
         if name == "compile" and recipe is not None and recipe.endswith(".onnx"):
+            from edgekd import target as targets
+
             _check_has_no_recipe(set_, dry_run)
-            where = target_of(asked.target_at(place), backend)
+            where = targets.load(asked.target_at(place), backend)
             return compile_file(Path(recipe), where, place.url if place else None, store, terminal, json_)
         if spread:
             from edgekd.cli import boards

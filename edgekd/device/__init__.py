@@ -13,6 +13,7 @@ import getpass
 import json
 import secrets
 import socket
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,12 +25,15 @@ from urllib.parse import parse_qsl
 
 import edgekd
 from edgekd import registry
+from edgekd.artifact import sha256_of
+from edgekd.device import porter
 from edgekd.device.process import Finished, last_lines, run
+from edgekd.device.signature import sign
 from edgekd.errors import ConnectionLost, DiskFull, StageError
 
 __all__ = [
-    "AGENT", "JSON_LIMIT_BYTES", "BusyError", "Device", "Finished", "Job", "Transport", "last_lines", "not_fetched",
-    "parsed", "text_from_holder", "wait_for",
+    "AGENT", "JSON_LIMIT_BYTES", "BusyError", "Device", "Finished", "Job", "Transport", "files_below", "last_lines",
+    "not_fetched", "not_signed", "parsed", "text_from_holder", "wait_for",
 ]  # fmt: skip
 
 AGENT = Path(edgekd.__file__).with_name("agent")
@@ -105,11 +109,15 @@ class Transport(ABC):
         """The command on this machine, and where to run it, that runs `argv` in `folder` on the device.
 
         It must hand standard input, output and error through, and end what runs on the device when it ends itself or
-        its standard input closes.
+        its standard input closes. What the device's owner asks to be signed it must not run when it is not, see
+        porter.signer_of.
         """
 
     def ended(self, finished: Finished) -> Finished:
-        """What the end of such a command means for the one on the device: a negative status is a signal's number."""
+        """What the end of such a command means for the one on the device: a negative status is a signal's number.
+
+        Raises ConnectionLost when it has not ended there, StageError when it was not run because it is not signed.
+        """
         return finished
 
 
@@ -197,19 +205,27 @@ def text_from_holder(who: Mapping[str, str]) -> str:
 
 
 class Job:
-    """A folder on a device, and what is run in it."""
+    """A folder on a device, and what is run in it: signed by the key in the device's URL, where there is one."""
 
     def __init__(self, device: Device, folder: str) -> None:
         self.device, self.folder = device, folder
+        self._files: dict[str, str] = {}  # sha256 by path, of what shall stay as it was put
+        self._signed: dict[str, str] = {}  # ... as it was when it was last signed
 
     @property
     def python(self) -> str:
         """The Python interpreter on the device."""
         return self.device.transport.python
 
-    def put(self, sources: Mapping[str, Path]) -> None:
-        """Copy files and folders, by their names relative to the job's folder."""
-        self.device.transport.put({_inside(name): source for name, source in sources.items()}, self.folder)
+    def put(self, sources: Mapping[str, Path], *, changes: bool = False) -> None:
+        """Copy files and folders, by their names relative to the job's folder.
+
+        changes: what runs there may write them anew, so that their content is not signed.
+        """
+        inside = {_inside(name): source for name, source in sources.items()}
+        self.device.transport.put(inside, self.folder)
+        if self.device.transport.signing_key and not changes:
+            self._files |= {name: sha256_of(file) for name, file in files_below(inside).items()}
 
     def get(self, name: str, target: Path, *, limit_bytes: int) -> None:
         """Copy the file `name` to `target`. Raises StageError when it is absent or larger than the limit."""
@@ -221,9 +237,12 @@ class Job:
         """Run a command in the job's folder and wait for it.
 
         It and its children are ended when the time is over, on Ctrl-C and on any error here. Its standard input stays
-        open as long as we live. Raises StageError on time-out, ConnectionLost when the device is gone.
+        open as long as we live. Raises StageError on time-out, and where it must be signed and is not; ConnectionLost
+        when the device is gone.
         """
         transport = self.device.transport
+        if self._files != self._signed:
+            self._sign()
         command, cwd = transport.command(argv, self.folder)
         finished = run(
             command,
@@ -234,6 +253,25 @@ class Job:
             heartbeat_s=transport.heartbeat_s,
         )
         return transport.ended(finished)
+
+    def _sign(self) -> None:
+        """Put a signed manifest beside what was put."""
+        with tempfile.TemporaryDirectory() as folder:
+            manifest = Path(folder, porter.MANIFEST)
+            manifest.write_text(json.dumps({"files": self._files}, indent=1, sort_keys=True), encoding="utf-8")
+            signature = sign(manifest, self.device.transport.signing_key)
+            self.device.transport.put({file.name: file for file in (manifest, signature)}, self.folder)
+        self._signed = dict(self._files)
+
+
+def files_below(sources: Mapping[str, Path]) -> dict[str, Path]:
+    """The files, and all below the folders, by their path on a device."""
+    found = {}
+    for name, source in sources.items():
+        for file in [source] if source.is_file() else sorted(source.rglob("*")):
+            if file.is_file() and "__pycache__" not in file.parts:
+                found[name if file == source else f"{name}/{file.relative_to(source).as_posix()}"] = file
+    return found
 
 
 def _inside(name: str) -> str:
@@ -254,6 +292,15 @@ def not_fetched(name: str, folder: str, limit_bytes: int, size: int | None = Non
         f"{name} from the device has {size} bytes",
         allowed=f"at most {limit_bytes} are expected",
         fix="see what the device writes, and measure again",
+    )
+
+
+def not_signed(url: str, why: str) -> StageError:
+    """Why a device does not run what it was sent, in its own words."""
+    return StageError(
+        f'device "{url}": {why}',
+        allowed="its owner lists the keys whose signature it asks for; see docs/boards.md, Signed bundles",
+        fix="sign it: --device 'ssh://...?signing_key=~/.ssh/id_ed25519', by a key that the board's owner has listed",
     )
 
 

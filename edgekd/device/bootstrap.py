@@ -18,7 +18,6 @@ from edgekd.errors import MissingError
 
 _log = logging.getLogger(__name__)
 
-RUNTIME_PACKAGES = ("numpy", "onnxruntime")
 DOWNLOAD_TIMEOUT_S = 900.0
 INSTALL_TIMEOUT_S = 1800.0  # a slow card, and some thousand files
 MIN_FREE_BYTES = 1 << 30
@@ -41,9 +40,20 @@ class Finding:
 # ---------------------------------------------------------------- what is there
 
 
-def findings(facts: dict[str, Any], url: str) -> list[Finding]:
-    """What the facts of a device mean for edgekd."""
-    return [*_machine(facts), *_software(facts, url), *_condition(facts)]
+def findings(facts: dict[str, Any], packages: Sequence[str], install: str) -> list[Finding]:
+    """What the facts of a device mean for edgekd.
+
+    packages: those that must be there; install: the command that brings all that are not.
+    """
+    return [*_machine(facts), *_software(facts, packages, install), *_condition(facts)]
+
+
+def install_command(url: str, packages: Sequence[str], options: Sequence[str] = ()) -> str:
+    """What brings packages to a device; options: of `edgekd doctor`, that say what for."""
+    here = ["pip", "install", *packages]
+    return shlex.join(
+        here if url.startswith("local:") else ["edgekd", "doctor", "--device", url, *options, "--install"]
+    )
 
 
 def turn(device: Device) -> Finding:
@@ -62,16 +72,13 @@ def _machine(facts: dict[str, Any]) -> Iterator[Finding]:
     yield Finding("system", f"{facts['os']}{l4t}, Linux {facts['kernel']}, {facts['libc'] or 'no glibc'}")
 
 
-def _software(facts: dict[str, Any], url: str) -> Iterator[Finding]:
-    here = url.startswith("local:")
-    install = "pip install" if here else shlex.join(["edgekd", "doctor", "--device", url, "--install"])
+def _software(facts: dict[str, Any], packages: Sequence[str], install: str) -> Iterator[Finding]:
     yield Finding("python", f"{facts['python']}, {facts['interpreter']}")
-    found = facts["runtimes"]
-    for package in RUNTIME_PACKAGES:
-        fix = f"{install} {package}" if here else install
-        version = next((found[name] for name in (package, f"{package}-gpu") if name in found), "")
-        yield Finding(package, version or "not installed", "" if version else fix)
-    yield from (Finding(name, version) for name, version in found.items() if not name.startswith(RUNTIME_PACKAGES))
+    found = dict(facts["runtimes"])
+    for package in packages:
+        versions = [found.pop(name) for name in (package, f"{package}-gpu") if name in found]
+        yield Finding(package, versions[0] if versions else "not installed", "" if versions else install)
+    yield from (Finding(name, version) for name, version in found.items())
     if facts["l4t"] or facts["tensorrt"]:
         for what, package in (("tensorrt", "tensorrt"), ("trtexec", "libnvinfer-bin")):
             yield Finding(what, facts[what] or "not found", "" if facts[what] else f"sudo apt-get install {package}")
@@ -114,7 +121,7 @@ def _throttling(flags: int) -> Finding:
 # ---------------------------------------------------------------- what is missing
 
 
-def install(device: Device, packages: Sequence[str] = RUNTIME_PACKAGES) -> None:
+def install(device: Device, packages: Sequence[str]) -> None:
     """Install packages into ~/.edgekd/venv on the device, whose Python every later connection takes.
 
     The wheels are downloaded here and sent, so that the device needs no network, and neither pip nor its package for

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edgekd.device import BusyError, Transport, not_fetched, porter
+from edgekd.device import BusyError, Transport, not_fetched, not_signed, porter
 from edgekd.errors import RecipeError
 from edgekd.registry import register
 
@@ -82,4 +82,8 @@ class Local(Transport):
 
     def command(self, argv: Sequence[str], folder: str) -> tuple[list[str], Path | None]:
         """The command itself, in the folder."""
-        return list(argv), Path(folder)
+        try:
+            signer = porter.signer_of(str(Path(folder, porter.MANIFEST)))
+        except porter.RefusedError as error:
+            raise not_signed("local:", error.args[1]) from None
+        return ["env", f"{porter.SIGNED_BY}={signer}", *argv] if signer else list(argv), Path(folder)

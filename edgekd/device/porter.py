@@ -7,6 +7,9 @@ installed on a board or kept in step with us.
     ROOT/files/SHA256          what was ever sent: it is not sent again
     ROOT/files/SHA256.part     ... as far as it has arrived
     TMP/edgekd.lock            locked while somebody's job has the device; says whose
+
+Where the device's owner lists keys, a job's folder runs only what one of them has signed: its manifest.json, and so the
+files that this lists by their sha256.
 """
 
 from __future__ import annotations
@@ -35,6 +38,13 @@ STALE_FILE_S = 30 * 86400
 HEARTBEAT_S = 10.0  # how often the host says that it is there
 SILENCE_S = 60.0  # after which it is taken for dead
 GRACE_S = 2.0
+MANIFEST = "manifest.json"
+# The owner's list, which no ordinary user can change, and the user's own; the first that is there counts.
+ALLOWED_SIGNERS = ("/etc/edgekd/allowed_signers", "~/.edgekd/allowed_signers")
+NAMESPACE = "edgekd"  # a signature for another purpose is not taken
+SIGNED_BY = "EDGEKD_SIGNED_BY"  # the variable that tells what runs who has signed it
+UNSIGNED = 77  # the exit status of what may not be run
+SSH_KEYGEN_TIMEOUT_S = 60.0
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 
 
@@ -266,12 +276,79 @@ def hold(lock: str, owner: dict[str, str], outgoing: BinaryIO) -> None:
     os.close(descriptor)
 
 
+# ---------------------------------------------------------------- what may be run
+
+
+def signer_of(manifest: str) -> str:
+    """Who has signed a manifest, JSON with `files`: {path below its folder: sha256}; empty where nobody asks for that.
+
+    Raises RefusedError("unsigned", why) when a signature, MANIFEST.sig, is asked for and is missing or not good, when a
+    file is not the one that was signed, and when there is a signature that nobody would check.
+    """
+    signature = manifest + ".sig"
+    places = [os.path.expanduser(place) for place in ALLOWED_SIGNERS]
+    lists = [place for place in places if os.path.exists(place)]
+    if not lists:
+        if os.path.exists(signature):
+            _refuse("is signed, and nobody would check it: there is no " + " or ".join(places))
+        return ""
+    if not os.path.exists(signature):
+        _refuse(f"is not signed, and {lists[0]} asks for a signature")
+    names = _ssh_keygen(["find-principals", "-s", signature, "-f", lists[0]], manifest).splitlines()
+    if not names:
+        _refuse(f"is signed by nobody whom {lists[0]} allows")
+    if not _ssh_keygen(["verify", "-s", signature, "-f", lists[0], "-I", names[0], "-n", NAMESPACE], manifest):
+        _refuse(f"is not what {names[0]} has signed")
+    with open(manifest, "rb") as file:
+        files = json.load(file)["files"]  # type: dict[str, str]
+    for name, sha256 in files.items():
+        if _sha256(os.path.join(os.path.dirname(manifest), name)) != sha256:
+            _refuse(f"is not what {names[0]} has signed: {name} differs")
+    return names[0]
+
+
+def _refuse(why: str) -> None:
+    raise RefusedError("unsigned", "the bundle " + why)
+
+
+def _ssh_keygen(what: list[str], manifest: str) -> str:
+    """What ssh-keygen says when it agrees; empty when it does not."""
+    try:
+        with open(manifest, "rb") as content:
+            done = subprocess.run(
+                ["ssh-keygen", "-Y", *what], stdin=content, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                timeout=SSH_KEYGEN_TIMEOUT_S, check=False,
+            )  # fmt: skip
+    except OSError as error:
+        raise RefusedError(
+            "unsigned", f"the bundle must be signed, and ssh-keygen cannot check that: {error.strerror}"
+        ) from None
+    return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else ""
+
+
+def _sha256(path: str) -> str:
+    """Of a file; empty when it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
+                digest.update(chunk)
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
 # ---------------------------------------------------------------- commands
 
 
 def run(folder: str, argv: list[str]) -> int:
     """Run a command to its end, and end it with all that it started when the host goes: standard input closes, or no
-    heartbeat comes. Returns its exit status, 128 + N when signal N ended it."""
+    heartbeat comes. Returns its exit status, 128 + N when signal N ended it, UNSIGNED when it may not be run."""
+    try:
+        signer = signer_of(os.path.join(folder, MANIFEST))
+    except RefusedError as error:
+        sys.stderr.write(f"{error.args[1]}\n")
+        return UNSIGNED
     for pid in processes_in(folder):  # what a lost connection left there: it must not run beside us
         _kill(pid, signal.SIGKILL)
     os.chdir(folder)
@@ -280,11 +357,9 @@ def run(folder: str, argv: list[str]) -> int:
     prctl(_SET_CHILD_SUBREAPER, 1)
     try:
         child = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            start_new_session=True,
+            argv, stdin=subprocess.PIPE, start_new_session=True, env=dict(os.environ, **{SIGNED_BY: signer}),
             preexec_fn=lambda: prctl(_SET_PDEATHSIG, signal.SIGKILL),
-        )
+        )  # fmt: skip
     except OSError as error:
         sys.stderr.write(f"{argv[0]} cannot be run: {error.strerror}\n")
         return 127

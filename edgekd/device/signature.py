@@ -6,9 +6,9 @@ import os
 import subprocess
 from pathlib import Path
 
+from edgekd.device.porter import NAMESPACE
 from edgekd.errors import MissingError, StageError
 
-NAMESPACE = "edgekd"  # as in agent.signature
 TIMEOUT_S = 60.0  # a security key waits to be touched
 
 

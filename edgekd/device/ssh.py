@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from edgekd.device import BusyError, Transport, not_fetched, porter, wait_for
+from edgekd.artifact import sha256_of
+from edgekd.device import BusyError, Transport, files_below, not_fetched, not_signed, porter, wait_for
 from edgekd.device.openssh import Address, Connection, Conversation, CutError, Held, UnreachableError
 from edgekd.device.process import Finished, last_lines
 from edgekd.errors import ConnectionLost, EdgekdError, RecipeError, StageError
@@ -122,7 +123,9 @@ class Ssh(Transport):
         return self._connected().request("run", folder=folder, argv=list(argv)), None
 
     def ended(self, finished: Finished) -> Finished:
-        """Tell a lost connection from a command that failed."""
+        """Tell a lost connection, and what was not run, from a command that failed."""
+        if finished.status == porter.UNSIGNED and finished.stderr_tail:
+            raise not_signed(self._address.url, finished.stderr_tail[-1])
         if finished.status == SSH_FAILED and self._connection.ends(within_s=NOTICE_S):
             raise self._lost(list(finished.stderr_tail))
         return replace(finished, status=128 - finished.status) if 128 < finished.status < 128 + 64 else finished
@@ -266,11 +269,6 @@ def _address(url: str, config: str, python: str) -> Address:
 def _files(sources: Mapping[str, Path]) -> dict[str, _File]:
     """The files, and all below the folders, by their path on the device."""
     found = {}
-    for name, source in sources.items():
-        for path in [source] if source.is_file() else sorted(source.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                with path.open("rb") as stream:
-                    sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-                below = "" if path == source else f"/{path.relative_to(source).as_posix()}"
-                found[name + below] = _File(path, sha256, path.stat().st_size)
+    for name, path in files_below(sources).items():
+        found[name] = _File(path, sha256_of(path), path.stat().st_size)
     return found

@@ -15,10 +15,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from edgekd.device import files_below, porter
+
 HERE = Path(__file__).parent
 FOLDER = "edgekd-kit"
-# Written there while it is measured.
-WRITTEN = ("result.json",)
 
 
 def packed(
@@ -39,8 +39,9 @@ def packed(
     Returns:
         id: what the results must name, files: their number, size_bytes of the archive.
     """
-    content = {path: file.read_bytes() for path, file in _every(files)} | {"run.py": (HERE / "run.py").read_bytes()}
-    sha256 = {path: hashlib.sha256(data).hexdigest() for path, data in content.items() if path not in WRITTEN}
+    files = {**files, "run.py": HERE / "run.py", "porter.py": Path(porter.__file__)}
+    content = {path: file.read_bytes() for path, file in sorted(files_below(files).items())}
+    sha256 = {path: hashlib.sha256(data).hexdigest() for path, data in content.items()}
     kinds = ["latency", "logits", *(["end_to_end"] if "pictures" in files else [])]
     arrays = [f"{model}_{kind}.npy" for model in ("student", "teacher") for kind in kinds]
     kit = {
@@ -55,16 +56,6 @@ def packed(
     content |= {"kit.json": json.dumps(kit, indent=1, sort_keys=True).encode(), "README.md": readme.encode()}
     _write(archive, content)
     return {"id": kit["id"], "files": len(content), "size_bytes": archive.stat().st_size}
-
-
-def _every(files: Mapping[str, Path]) -> list[tuple[str, Path]]:
-    """Files, and all below folders, by their path in the kit."""
-    found = []
-    for name, source in files.items():
-        for file in [source] if source.is_file() else source.rglob("*"):
-            if file.is_file() and "__pycache__" not in file.parts:
-                found.append((name if file == source else f"{name}/{file.relative_to(source).as_posix()}", file))
-    return sorted(found)
 
 
 def _write(archive: Path, content: Mapping[str, bytes]) -> None:

@@ -28,6 +28,7 @@ def main() -> int:
     os.chdir(os.path.dirname(os.path.abspath(__file__)))
     try:
         kit = _checked()
+        os.environ["EDGEKD_SIGNED_BY"] = _signer()
         jobs = {subject: _built(subject, kit) for subject in kit["built_here"]}
         jobs["bench"] = _measured(kit)
     except KitError as error:
@@ -56,6 +57,16 @@ def _checked() -> dict[str, Any]:
         if not os.path.isfile(name) or _sha256(name) != expected:
             raise KitError(f"{name} is not as it was packed: unpack the kit again")
     return kit
+
+
+def _signer() -> str:
+    """Who has signed the kit, where this machine's owner asks for that."""
+    import porter  # type: ignore[import-not-found]
+
+    try:
+        return str(porter.signer_of(os.path.abspath(KIT)))
+    except porter.RefusedError as error:
+        raise KitError(error.args[1]) from None
 
 
 def _built(subject: str, kit: dict[str, Any]) -> dict[str, Any]:

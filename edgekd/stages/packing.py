@@ -8,7 +8,7 @@ from typing import Any
 from edgekd import bench, kit
 from edgekd.artifact import key_of, sha256_of
 from edgekd.compiling import ENGINE
-from edgekd.device import AGENT
+from edgekd.device import AGENT, porter
 from edgekd.stages.deploying import benchmark_options, engine_of, pictures_of
 from edgekd.stages.job import MODEL, Inputs, Job
 
@@ -40,7 +40,13 @@ def pack(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
 
 def code_sha256(job: Job) -> str:
     """Of what is packed beside models and samples."""
-    files = [*AGENT.glob("*.py"), *kit.HERE.iterdir(), job.backend.runner, *job.backend.libraries()]
+    files = [
+        *AGENT.glob("*.py"),
+        *kit.HERE.iterdir(),
+        Path(porter.__file__),
+        job.backend.runner,
+        *job.backend.libraries(),
+    ]
     return key_of("code", 0, {}, {file.name: sha256_of(file) for file in sorted(files) if file.is_file()})
 
 

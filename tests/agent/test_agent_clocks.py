@@ -15,14 +15,13 @@ from edgekd.agent.clocks import Locked, wanted
 from edgekd.agent.errors import AgentError
 from edgekd.device import AGENT
 
-GPU = "sys/class/devfreq/17000000.gpu/"
-FILES = board_files.JETSON_ORIN_NANO | {f"{GPU}min_freq": "306000000", f"{GPU}max_freq": "1020000000"}
+FILES = board_files.JETSON_ORIN_NANO
 POLICY = f"{board_files.CPUFREQ}policy0/"
 LOCKED = {
     f"{POLICY}scaling_governor": "performance",
     f"{POLICY}scaling_min_freq": "1510400",
     f"{POLICY}scaling_max_freq": "1510400",
-    f"{GPU}min_freq": "1020000000",
+    f"{board_files.GPU}min_freq": "1020000000",
 }
 HOLDER = """
 import sys, time

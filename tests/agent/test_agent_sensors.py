@@ -53,6 +53,8 @@ def test_readings_of_a_raspberry_pi(raspberry_pi):
     assert sensors.sample() == {
         "load_average": 0.25,
         "clock_hz": [1_500_000_000],
+        "gpu_clock_hz": None,
+        "gpu_load": None,
         "temperature_c": {"cpu-thermal": 48.312},
         "throttled": 0x50005,
         "throttle_count": 0,
@@ -60,6 +62,21 @@ def test_readings_of_a_raspberry_pi(raspberry_pi):
     assert sensors.cpu_seconds() == (1650 / ticks, 40 / ticks)
     assert sensors.process_cpu_seconds(42) == 300 / ticks
     assert sensors.process_cpu_seconds(43) == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "clock_hz", "load"),
+    [
+        (board_files.JETSON_ORIN_NANO, 1_020_000_000, 0.999),
+        # As JetPack 5 and 4 call it, and a board that does not say how busy it is.
+        ({"sys/class/devfreq/17000000.ga10b/cur_freq": "624750000"}, 624_750_000, None),
+        ({"sys/class/devfreq/57000000.gpu/cur_freq": "76800000", "sys/devices/gpu.0/load": "0"}, 76_800_000, 0.0),
+        ({"sys/class/devfreq/fb000000.gpu/cur_freq": "300000000"}, 300_000_000, None),
+    ],
+)
+def test_what_the_gpu_does(tmp_path, files, clock_hz, load):
+    now = Sensors(str(board_files.write(tmp_path, files))).sample()
+    assert (now["gpu_clock_hz"], now["gpu_load"]) == (clock_hz, load)
 
 
 def test_throttling_of_an_intel_processor_is_counted(tmp_path):
@@ -89,7 +106,15 @@ def test_a_zone_that_is_switched_off_is_left_out(raspberry_pi):
 
 def test_a_machine_that_tells_nothing_is_not_an_error(tmp_path):
     sensors = Sensors(str(tmp_path))
-    nothing = {"load_average": None, "clock_hz": [], "temperature_c": {}, "throttled": None, "throttle_count": 0}
+    nothing = {
+        "load_average": None,
+        "clock_hz": [],
+        "gpu_clock_hz": None,
+        "gpu_load": None,
+        "temperature_c": {},
+        "throttled": None,
+        "throttle_count": 0,
+    }
     assert sensors.sample() == nothing
     assert sensors.cpu_seconds() is None
     found = facts(str(tmp_path))

@@ -27,8 +27,8 @@ def measured(turns=1, **row):
     """What the agent says of a quiet run on 4 cores, changed by `row` in the telemetry."""
     quiet = {
         "launch": 0, "seconds": 0.5, "own_cpu_s": 0.5, "foreign_cpu_s": 0.02, "steal_s": 0.0,
-        "load_average": 0.3, "clock_hz": [1_500_000_000] * 4, "temperature_c": {"cpu": 50.0}, "power_mw": {},
-        "throttled": None, "throttle_count": 0,
+        "load_average": 0.3, "clock_hz": [1_500_000_000] * 4, "gpu_clock_hz": None, "gpu_load": None,
+        "temperature_c": {"cpu": 50.0}, "power_mw": {}, "throttled": None, "throttle_count": 0,
     }  # fmt: skip
     launch = {
         "facts": {"runtime": "null"}, "import_ms": 1.0, "load_ms": 2.0, "rss_before_load_bytes": 1,

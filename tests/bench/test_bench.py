@@ -108,6 +108,16 @@ def test_changed_clocks_make_it_invalid():
     assert invalid_because(throttled, tables(), SINGLE) == ["clocks changed: from 600 to 1500 MHz during the run"]
 
 
+@pytest.mark.parametrize(("load", "counts"), [(0.9, True), (0.02, False), (None, False)])
+def test_changed_clocks_of_a_gpu_that_works_make_it_invalid(load, counts):
+    run = measured(gpu_load=load, gpu_clock_hz=1_020_000_000)
+    for row in run["telemetry"][10:]:
+        row["gpu_clock_hz"] = 306_000_000
+    reasons = ["clocks changed: the GPU's from 306 to 1020 MHz during the run"]
+    assert invalid_because(run, tables(), SINGLE) == reasons * counts
+    assert ("gpu_load_share" in summarize(run, tables(), CORRECT, SINGLE)["telemetry"]["series"]) == (load is not None)
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

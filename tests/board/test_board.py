@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
+import board_files
 import numpy as np
 import onnx
 import pytest
@@ -84,10 +89,11 @@ def null_engine(folder):
     return Engine(folder.name, folder, Null.runner, "null")
 
 
-def measure(board, engines, samples, folder):
+def measure(board, engines, samples, folder, **options):
     return benchmark(
         *engines, samples=samples[0], judge=Judge(Classification(), samples[1], (5,)), device=Device(board.url, folder),
         workdir=folder / "work", mode=SingleStream(seconds=0.5), launches=MIN_LAUNCHES,
+        **options,
     )  # fmt: skip
 
 
@@ -98,7 +104,7 @@ def test_the_board_says_what_it_is(board, tmp_path):
     assert facts["runtimes"]["onnxruntime"]
     assert facts["governors"] == ["ondemand"]
     assert facts["now"]["temperature_c"] == {"cpu-thermal": 55.4}
-    rows = {one.what: one for one in bootstrap.findings(facts, board.url)}
+    rows = {one.what: one for one in bootstrap.findings(facts, ["numpy", "onnxruntime"], "mend it")}
     assert "emulated: no time measured there is a board's" in rows["processor"].found
     assert rows["board"].found == "Raspberry Pi 5 Model B Rev 1.0 (brcm,bcm2712)"
     assert rows["onnxruntime"].fix == ""
@@ -137,16 +143,17 @@ def test_a_board_that_restarts_goes_on_with_the_benchmark(board, samples, tmp_pa
     assert not list(board.home().glob(".edgekd/jobs/job-*/launch_*"))
 
 
-def test_an_upload_through_a_cable_that_is_pulled_goes_on(board, tmp_path, caplog):
+@pytest.mark.parametrize(("fault", "mended", "after_s"), [("silence", "heal", 20), ("cut", "back", 0)])
+def test_an_upload_that_a_pulled_cable_or_a_restart_interrupts_goes_on(board, tmp_path, caplog, fault, mended, after_s):
     caplog.set_level("INFO")
     (tmp_path / "engine").write_bytes(os.urandom(30_000_000))
 
     def pull():
         parts = board.home() / ".edgekd/files"
         if wait_until(lambda: sum(part.stat().st_size for part in parts.glob("*.part")) > 3_000_000):
-            board.power("silence")
-            time.sleep(20)
-            board.power("heal")
+            board.power(fault)
+            time.sleep(after_s)
+            board.power(mended)
 
     hand = threading.Thread(target=pull)
     hand.start()
@@ -160,6 +167,53 @@ def test_an_upload_through_a_cable_that_is_pulled_goes_on(board, tmp_path, caplo
     kept = int(re.search(r"\d+ bytes sent, (\d+) were there", said)[1])
     assert "the connection was lost" in said
     assert kept >= 3_000_000
+
+
+HOST = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+sys.path[:0] = sys.argv[1:3]
+import numpy as np
+from test_board import measure, null_engine
+folder = Path(sys.argv[4])
+engines = [null_engine(folder / name) for name in ("student", "teacher")]
+samples = np.zeros((40, 3, 8, 8), np.float32), np.zeros(40, int)
+measure(SimpleNamespace(url=sys.argv[3]), engines, samples, folder, lock_clocks=True)
+"""
+
+
+def test_a_host_that_is_killed_leaves_no_process_and_no_locked_clock(board, tmp_path):
+    """SIGKILL: nobody on the host can ask for anything any more."""
+    files = [
+        board.kernel / f"{board_files.CPUFREQ}policy0/scaling_{name}" for name in ("governor", "min_freq", "max_freq")
+    ]
+    before = [file.read_text() for file in files]
+    for file in files:
+        file.chmod(0o666)  # as if pi were root
+    argv = [
+        sys.executable,
+        "-c",
+        HOST,
+        str(Path(__file__).parent),
+        str(Path(__file__).parents[1]),
+        board.url,
+        str(tmp_path),
+    ]
+    try:
+        with subprocess.Popen(argv) as host:
+            assert wait_until(lambda: files[0].read_text() == "performance" or host.poll() is not None)
+            assert [file.read_text() for file in files] != before
+            host.send_signal(signal.SIGKILL)
+        assert wait_until(lambda: [file.read_text().strip() for file in files] == [text.strip() for text in before])
+    finally:
+        for file in files:
+            file.chmod(0o644)
+    device = Device(board.url, tmp_path)
+    assert device.transport.holder() == {}
+    with device.job() as job:
+        left = job.run(["pgrep", "-f", "agent (bench|work|restore)"], timeout=60)
+    assert (left.status, left.stdout) == (1, "")
 
 
 def test_a_board_that_is_gone_is_a_clear_error(board, tmp_path, monkeypatch):

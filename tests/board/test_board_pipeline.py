@@ -7,6 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+from tiny_job import SPREAD
+
+from edgekd import pipeline
+from edgekd.artifact import Store
 
 pytestmark = [pytest.mark.board, pytest.mark.slow, pytest.mark.timeout(1800)]
 SAMPLES = 60
@@ -71,3 +75,18 @@ def test_digits_on_a_raspberry_pi(devices, main):
         assert report["environment"]["engines"]["student"]["runtime"] == {"ort": "onnxruntime", "tvm": "tvm"}[name]
         compare_with_the_host(store, row["run_id"], name, {one["rung"]: one["score"] for one in report["ladder"]})
     assert err.count("[1/") >= 1 and err.count(" teacher          done") == 1, "the teacher is trained once"
+
+
+def test_a_part_of_a_spread_student_runs_on_a_raspberry_pi(devices, main):
+    (devices / "spread.yaml").write_text(SPREAD)
+    given = ("--device", "local:", "--device", "ort", "--device", "local:")
+    code, out, err = main("run", "spread.yaml", *given, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    _, board, _ = document["spread_run"]["boards"]
+    assert (board["status"], board["target"]) == ("INVALID", "raspberry-pi-5")
+    assert "emulated: aarch64 is emulated there, its times are not a board's" in board["reasons"]
+    _, artifacts = pipeline.recorded(Store(devices / ".edgekd"), document["run_id"])
+    answered, here = (np.load(artifacts[name].file("test_features.npy")) for name in ("boards", "parts"))
+    np.testing.assert_allclose(answered, here, rtol=1e-3, atol=1e-4)
+    assert document["spread_run"]["silent"][0]["silent"] == 0

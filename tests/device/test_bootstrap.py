@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import sys
 import board_files
 import pytest
 
+from edgekd import catalog
+from edgekd import target as targets
 from edgekd.agent.machine import facts
 from edgekd.device import Device, bootstrap
 from edgekd.errors import MissingError
@@ -18,8 +21,9 @@ INSTALL = "edgekd doctor --device ssh://pi@board --install"
 NOTHING = {"runtimes": {}, "numpy": None, "disk_free_bytes": 5e9, "libc": "glibc 2.36"}
 
 
-def found(root, url=URL, **changes):
-    return {one.what: one for one in bootstrap.findings({**facts(str(root)), **NOTHING, **changes}, url)}
+def found(root, packages=("numpy", "onnxruntime"), **changes):
+    known = {**facts(str(root)), **NOTHING, **changes}
+    return {one.what: one for one in bootstrap.findings(known, packages, bootstrap.install_command(URL, packages))}
 
 
 def test_a_raspberry_pi(tmp_path):
@@ -72,13 +76,41 @@ def test_what_else_may_be_wrong(tmp_path, change, what, text, fix):
     assert row.fix == fix
 
 
-def test_this_machine_installs_by_pip(tmp_path):
-    assert found(tmp_path, url="local:")["onnxruntime"].fix == "pip install onnxruntime"
+def test_only_what_shall_run_there_must_be_there(tmp_path):
+    rows = found(tmp_path, packages=["numpy"], runtimes={"numpy": "2.1", "onnxruntime": "1.20"})
+    assert [row for row in rows.values() if row.what in ("numpy", "onnxruntime") and row.fix] == []
+    assert rows["onnxruntime"].found == "1.20"
+
+
+@pytest.mark.parametrize(
+    ("target", "backend", "packages"),
+    [
+        ("raspberry-pi-5", None, ["numpy", "onnxruntime"]),  # TVM's runtime travels with the engine
+        ("raspberry-pi-5", "tvm", ["numpy"]),
+        ("raspberry-pi-5", "openvino", ["numpy", "openvino"]),
+        ("jetson", None, ["numpy"]),  # TensorRT is a Debian package
+    ],
+)
+def test_what_a_targets_backends_need(target, backend, packages):
+    assert catalog.device_packages(targets.load(target, backend)) == packages
+
+
+def test_a_board_is_told_what_brings_what_it_lacks(sshd, main):
+    """An interpreter of its own, which has numpy and no OpenVINO."""
+    url = sshd.url(python=sys.executable)
+    code, out, err = main("doctor", "--device", url, "--target", "raspberry-pi-5", "--backend", "null", "--json")
+    rows = {row["what"]: row for row in json.loads(out)}
+    assert code == 0, err
+    assert rows[f"{url} numpy"]["fix"] == ""
+    assert bootstrap.install_command(url, ["numpy"], ["--backend", "openvino"]) == (
+        f"edgekd doctor --device '{url}' --backend openvino --install"
+    )
+    assert bootstrap.install_command("local:", ["numpy", "openvino"]) == "pip install numpy openvino"
 
 
 def test_nothing_is_installed_into_our_own_environment(tmp_path):
     with pytest.raises(MissingError) as caught:
-        bootstrap.install(Device("local:", tmp_path))
+        bootstrap.install(Device("local:", tmp_path), ["numpy"])
     assert caught.value.what == "edgekd does not install into the environment that it runs in"
     assert caught.value.fix == "pip install 'edgekd[train]'"
 
@@ -89,7 +121,7 @@ def test_a_system_that_no_wheels_are_made_for_is_a_clear_error(sshd, tmp_path, m
     known = device.facts()
     monkeypatch.setattr(device, "facts", lambda: {**known, **change})
     with pytest.raises(MissingError) as caught:
-        bootstrap.install(device)
+        bootstrap.install(device, ["numpy", "onnxruntime"])
     assert caught.value.what.startswith(f'device "{device.url}": no wheels of numpy, onnxruntime for Python 3.')
     assert "there are wheels for Linux with glibc only" in caught.value.allowed
     assert caught.value.fix.endswith("or use a 64-bit system on the board")
@@ -132,12 +164,16 @@ def test_the_wheels_are_those_of_the_board(package_index, tmp_path, python, libc
 
 
 @pytest.mark.slow
-def test_a_board_without_numpy_gets_it_without_a_network(package_index, sshd, tmp_path):
+@pytest.mark.parametrize(("backend", "module"), [("onnxruntime", "onnxruntime"), ("openvino", "openvino")])
+def test_a_board_without_a_runtime_gets_it_without_a_network(package_index, sshd, main, monkeypatch, backend, module):
+    """By its own Python's virtual environment; pip there is told of no index, and can reach none."""
     try:
-        bootstrap.install(Device(sshd.url(), tmp_path), ["numpy"])
-        there = Device(sshd.url(), tmp_path).facts()
-        assert there["interpreter"] == str(sshd.home / ".edgekd/venv/bin/python")
-        assert there["numpy"]
-        bootstrap.install(Device(sshd.url(), tmp_path), ["numpy"])  # again, into the same environment
+        for _ in range(2):  # the second time into the same environment
+            code, out, err = main("doctor", "--device", sshd.url(), "--backend", backend, "--install", "--json")
+            rows = {row["what"].partition("?")[2].rpartition(" ")[2]: row for row in json.loads(out)}
+            assert code == 0, err
+            assert rows["python"]["found"].endswith(f", {sshd.home}/.edgekd/venv/bin/python")
+            assert rows["numpy"]["found"][0].isdigit() and rows[module]["found"][0].isdigit()
+            assert not rows[module]["fix"]
     finally:
         shutil.rmtree(sshd.home / ".edgekd/venv", ignore_errors=True)

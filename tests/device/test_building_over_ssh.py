@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
+import private_sshd
 import pytest
 import tensorrt_stand_in
+from private_sshd import kill
 from tiny_job import make_job
 
 from edgekd import stages
+from edgekd.artifact import Artifact, sha256_of
+from edgekd.device import ssh
 from edgekd.device.porter import processes_in
-from edgekd.errors import StageError
+from edgekd.errors import ConnectionLost, StageError
 
 pytestmark = pytest.mark.skipif(bool(tensorrt_stand_in.missing()), reason=tensorrt_stand_in.missing())
 
@@ -22,19 +31,25 @@ def board(tmp_path):
 
 
 @pytest.fixture
-def build(sshd, board, tmp_path):
-    bundle = tensorrt_stand_in.bundle(tmp_path / "bundle")
-    job = make_job(tmp_path / "store", target="jetson")
-    job.device = sshd.url(python=str(board.python))
-    counted = iter(range(100))
+def url(sshd, board):
+    return sshd.url(python=str(board.python))
 
-    def run():
-        out, work = (tmp_path / f"{name}-{next(counted)}" for name in ("out", "work"))
-        out.mkdir()
-        work.mkdir()
-        return stages.build("student", job, {"engine-student": bundle}, out, work)
 
-    return run
+def build_on(url, folder):
+    """What the stage makes on a board; the same folder gives the same job."""
+    if not (folder / "bundle").exists():
+        tensorrt_stand_in.bundle(folder / "bundle")
+    digest = sha256_of(folder / "bundle" / stages.ENGINE / "model.onnx")
+    bundle = Artifact(folder / "bundle", {"stage": "engine-student", "digest": digest})
+    job = make_job(folder / "store", target="jetson")
+    job.device = url
+    out, work = (Path(tempfile.mkdtemp(dir=folder)) for _ in range(2))
+    return stages.build("student", job, {"engine-student": bundle}, out, work)
+
+
+@pytest.fixture
+def build(url, tmp_path):
+    return lambda: build_on(url, tmp_path)
 
 
 def running(sshd):
@@ -54,12 +69,20 @@ def test_an_engine_is_built_over_ssh(sshd, build):
     assert not running(sshd) and not list((sshd.home / ".edgekd/jobs").glob("job-*"))
 
 
-def test_a_build_whose_connection_is_lost_is_made_again(sshd, board, build):
+def restart(sshd):
+    """As when the power fails: the server goes and takes everything along that runs in a job."""
+    sshd.stop()
+    kill(running(sshd))
+    sshd.start()
+
+
+@pytest.mark.parametrize("fault", [private_sshd.Sshd.cut, restart], ids=["cut", "restart"])
+def test_a_build_that_a_lost_connection_or_a_restart_interrupts_is_made_again(sshd, board, build, fault):
     board.fails_by("slow")
 
     def disturb():
         wait_until(lambda: board.builds == 1)
-        sshd.cut()
+        fault(sshd)
         wait_until(lambda: board.builds == 2)
         board.fails_by("")
 
@@ -68,6 +91,49 @@ def test_a_build_whose_connection_is_lost_is_made_again(sshd, board, build):
     made = build()
     thread.join()
     assert made["evidence"] == "built_on_device" and board.builds == 2
+    assert not running(sshd)
+
+
+def test_a_board_that_does_not_come_back_to_its_build_is_a_clear_error(sshd, board, build, monkeypatch):
+    monkeypatch.setattr(ssh, "RECONNECT_S", 0.3)
+    board.fails_by("slow")
+    thread = threading.Thread(target=lambda: (wait_until(lambda: board.builds == 1), sshd.stop()))
+    thread.start()
+    with pytest.raises(ConnectionLost, match="the connection was lost"):
+        build()
+    thread.join()
+    wait_until(lambda: not running(sshd))
+    board.fails_by("")
+    sshd.start()
+    assert build()["evidence"] == "built_on_device"
+
+
+HOST = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+from test_building_over_ssh import build_on
+build_on(sys.argv[3], Path(sys.argv[4]))
+"""
+
+
+def test_a_host_that_is_killed_while_the_board_builds_leaves_nothing_running_there(sshd, board, url, build, tmp_path):
+    board.fails_by("slow")
+    here = Path(__file__).parent
+    argv = [sys.executable, "-c", HOST, str(here), str(here.parent), url, str(tmp_path)]
+    with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as host:
+        wait_until(lambda: board.builds == 1)
+        host.send_signal(signal.SIGKILL)
+    wait_until(lambda: not running(sshd))
+    board.fails_by("")
+    assert build()["evidence"] == "built_on_device"
+    assert not list((sshd.home / ".edgekd/jobs").glob("job-*"))
+
+
+def test_a_board_whose_disk_fills_up_over_ssh(sshd, board, build):
+    board.fails_by("disk")
+    with pytest.raises(StageError, match=r"No space left on device: model\.plan"):
+        build()
     assert not running(sshd)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
 
 import pytest
+import tensorrt_stand_in
 from test_interruptions import jobs, measure
+from tiny_job import make_job
 
-from edgekd.agent import signature as board
-from edgekd.agent.errors import AgentError
+from edgekd import stages
+from edgekd.device import Device, porter
 from edgekd.device.signature import sign
 from edgekd.errors import MissingError, StageError
 
@@ -35,37 +39,49 @@ def allow(file, name, key):
 
 @pytest.fixture
 def bundle(tmp_path, keys, monkeypatch):
-    """A spec, and below /etc a list with Anna's key."""
-    monkeypatch.setattr(
-        board, "ALLOWED_SIGNERS", ("etc/edgekd/allowed_signers", str(tmp_path / "home/allowed_signers"))
-    )
-    allow(tmp_path / "etc/edgekd/allowed_signers", "anna", keys["anna"])
-    (tmp_path / "spec.json").write_text('{"files": {}}')
-    return tmp_path / "spec.json"
+    """A manifest of one file; below /etc a list with Anna's key."""
+    places = (str(tmp_path / "etc/allowed_signers"), str(tmp_path / "home/allowed_signers"))
+    monkeypatch.setattr(porter, "ALLOWED_SIGNERS", places)
+    allow(tmp_path / "etc/allowed_signers", "anna", keys["anna"])
+    (tmp_path / "run.py").write_text("print(1)")
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({"files": {"run.py": hashlib.sha256(b"print(1)").hexdigest()}}))
+    return manifest
 
 
 def refused(bundle):
-    with pytest.raises(AgentError) as caught:
-        board.signer_of(str(bundle), str(bundle.parent))
-    return str(caught.value).replace(str(bundle.parent), "")
+    with pytest.raises(porter.RefusedError) as caught:
+        porter.signer_of(str(bundle))
+    kind, why = caught.value.args
+    assert kind == "unsigned"
+    return why.replace(str(bundle.parent), "")
 
 
 def test_a_good_signature_names_its_signer(bundle, keys):
     sign(bundle, str(keys["anna"]))
-    assert board.signer_of(str(bundle), str(bundle.parent)) == "anna"
+    assert porter.signer_of(str(bundle)) == "anna"
     sign(bundle, str(keys["anna"]))  # again, over the old one
-    assert board.signer_of(str(bundle), str(bundle.parent)) == "anna"
+    assert porter.signer_of(str(bundle)) == "anna"
 
 
-def test_a_bundle_that_was_tampered_with(bundle, keys):
+def test_a_manifest_that_was_tampered_with(bundle, keys):
     sign(bundle, str(keys["anna"]))
-    bundle.write_text('{"files": {"agent/x.py": "0"}}')
+    bundle.write_text('{"files": {}}')
     assert refused(bundle) == "the bundle is not what anna has signed"
+
+
+@pytest.mark.parametrize("change", ["changed", "deleted"])
+def test_a_file_that_was_tampered_with(bundle, keys, change):
+    sign(bundle, str(keys["anna"]))
+    (bundle.parent / "run.py").unlink()
+    if change == "changed":
+        (bundle.parent / "run.py").write_text("print(2)")
+    assert refused(bundle) == "the bundle is not what anna has signed: run.py differs"
 
 
 def test_an_unknown_signer(bundle, keys):
     sign(bundle, str(keys["mallory"]))
-    assert refused(bundle) == "the bundle is signed by nobody whom /etc/edgekd/allowed_signers allows"
+    assert refused(bundle) == "the bundle is signed by nobody whom /etc/allowed_signers allows"
 
 
 def test_a_signature_for_another_purpose(bundle, keys):
@@ -77,40 +93,39 @@ def test_a_signature_for_another_purpose(bundle, keys):
 
 @pytest.mark.parametrize("content", [b"", b"-----BEGIN SSH SIGNATURE-----\n", b"\xff" * 100])
 def test_a_signature_that_is_none(bundle, content):
-    (bundle.parent / "spec.json.sig").write_bytes(content)
-    assert refused(bundle) == "the bundle is signed by nobody whom /etc/edgekd/allowed_signers allows"
+    (bundle.parent / "manifest.json.sig").write_bytes(content)
+    assert refused(bundle) == "the bundle is signed by nobody whom /etc/allowed_signers allows"
 
 
 def test_a_bundle_without_a_signature(bundle):
-    assert refused(bundle) == "the bundle is not signed, and /etc/edgekd/allowed_signers asks for a signature"
+    assert refused(bundle) == "the bundle is not signed, and /etc/allowed_signers asks for a signature"
 
 
 def test_a_signature_that_nobody_checks(bundle, keys):
     sign(bundle, str(keys["anna"]))
-    (bundle.parent / "etc/edgekd/allowed_signers").unlink()
+    (bundle.parent / "etc/allowed_signers").unlink()
     assert refused(bundle) == (
-        "the bundle is signed, and nobody would check it: there is no"
-        " /etc/edgekd/allowed_signers or /home/allowed_signers"
+        "the bundle is signed, and nobody would check it: there is no /etc/allowed_signers or /home/allowed_signers"
     )
     allow(bundle.parent / "home/allowed_signers", "anna", keys["anna"])
-    assert board.signer_of(str(bundle), str(bundle.parent)) == "anna"
+    assert porter.signer_of(str(bundle)) == "anna"
 
 
 def test_the_owners_list_wins_over_the_users(bundle, keys):
     allow(bundle.parent / "home/allowed_signers", "mallory", keys["mallory"])
     sign(bundle, str(keys["mallory"]))
-    assert refused(bundle) == "the bundle is signed by nobody whom /etc/edgekd/allowed_signers allows"
+    assert refused(bundle) == "the bundle is signed by nobody whom /etc/allowed_signers allows"
 
 
 def test_no_list_and_no_signature(bundle):
-    (bundle.parent / "etc/edgekd/allowed_signers").unlink()
-    assert board.signer_of(str(bundle), str(bundle.parent)) == ""
+    (bundle.parent / "etc/allowed_signers").unlink()
+    assert porter.signer_of(str(bundle)) == ""
 
 
 def test_a_board_without_ssh_keygen(bundle, keys, monkeypatch):
     sign(bundle, str(keys["anna"]))
     monkeypatch.setenv("PATH", str(bundle.parent))
-    assert refused(bundle) == "signatures are asked for, and ssh-keygen cannot be run: No such file or directory"
+    assert refused(bundle) == "the bundle must be signed, and ssh-keygen cannot check that: No such file or directory"
 
 
 # ---------------------------------------------------------------- on the host
@@ -150,21 +165,69 @@ def guarded(sshd, keys):
     file.unlink()
 
 
+FIX = "sign it: --device 'ssh://...?signing_key=~/.ssh/id_ed25519', by a key that the board's owner has listed"
+
+
 def test_a_board_runs_what_is_signed(guarded, keys, tmp_path):
     url = guarded.url(python=sys.executable, signing_key=str(keys["anna"]))
     assert measure(url, tmp_path / "host")["device"]["signed_by"] == "anna"
+    assert Device(url, tmp_path).facts()["signed_by"] == "anna"
+
+
+def test_a_benchmark_goes_on_though_its_own_files_have_changed(guarded, keys, tmp_path):
+    """The placeholder of the result is written anew by what is run, and is not signed."""
+    url = guarded.url(python=sys.executable, signing_key=str(keys["anna"]))
+    device = Device(url, tmp_path)
+    for name, content in (("it.py", "open('result.json', 'w').write('1')"), ("result.json", "")):
+        (tmp_path / name).write_text(content)
+    with device.job() as job:
+        job.put({"it.py": tmp_path / "it.py"})
+        job.put({"result.json": tmp_path / "result.json"}, changes=True)
+        for _ in range(2):
+            job.run([job.python, "it.py"], timeout=60).check("it")
 
 
 @pytest.mark.parametrize("signer", ["", "mallory"])
-def test_a_board_runs_nothing_else(guarded, keys, tmp_path, signer):
+@pytest.mark.parametrize("what", ["benchmark", "build", "facts"])
+def test_a_board_runs_nothing_else(guarded, keys, tmp_path, signer, what):
     given = {"signing_key": str(keys[signer])} if signer else {}
     url = guarded.url(python=sys.executable, **given)
     with pytest.raises(StageError) as caught:
-        measure(url, tmp_path / "host")
+        if what == "benchmark":
+            measure(url, tmp_path / "host")
+        elif what == "facts":
+            Device(url, tmp_path).facts()
+        else:
+            build(url, tmp_path)
     listed = f"{guarded.home}/.edgekd/allowed_signers"
     why = f"signed by nobody whom {listed} allows" if signer else f"not signed, and {listed} asks for a signature"
-    assert caught.value.what == f'benchmark on "{url}": the bundle is {why}'
-    assert caught.value.fix == (
-        "sign it: --device 'ssh://...?signing_key=~/.ssh/id_ed25519', by a key that the board's owner has listed"
-    )
+    assert caught.value.what == f'device "ssh://board": the bundle is {why}'
+    assert caught.value.fix == FIX
     assert jobs(guarded) == []
+
+
+def build(url, folder):
+    """An engine by a stand-in for TensorRT."""
+    job = make_job(folder / "store", target="jetson")
+    job.device = url
+    for name in ("out", "work"):
+        (folder / name).mkdir()
+    bundle = tensorrt_stand_in.bundle(folder / "bundle")
+    return stages.build("student", job, {"engine-student": bundle}, folder / "out", folder / "work")
+
+
+@pytest.mark.skipif(bool(tensorrt_stand_in.missing()), reason=tensorrt_stand_in.missing())
+def test_a_board_builds_what_is_signed(guarded, keys, tmp_path):
+    board = tensorrt_stand_in.Board(tmp_path / "board")
+    made = build(guarded.url(python=str(board.python), signing_key=str(keys["anna"])), tmp_path)
+    assert made["evidence"] == "built_on_device"
+
+
+def test_this_machine_asks_for_signatures_too(keys, tmp_path, monkeypatch):
+    listed = tmp_path / "allowed_signers"
+    monkeypatch.setattr(porter, "ALLOWED_SIGNERS", (str(listed),))
+    allow(listed, "anna", keys["anna"])
+    with pytest.raises(StageError) as caught:
+        Device("local:", tmp_path).facts()
+    assert caught.value.what == f'device "local:": the bundle is not signed, and {listed} asks for a signature'
+    assert Device(f"local:?signing_key={keys['anna']}", tmp_path).facts()["signed_by"] == "anna"

@@ -37,6 +37,7 @@ class OnnxRuntime(Backend):
     builds_on = "host"
     forms: ClassVar = {"any": "step_gemm", "continuous": "max_gemm"}
     runner = Path(__file__).with_name("runner.py")
+    device_packages = ("onnxruntime",)
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ class OpenVino(Backend):
     # zero point 128, as ONNX Runtime likes it, OpenVINO cannot compile residual networks: it gets symmetric int8.
     forms: ClassVar = {"any": "step_sum", "continuous": "relu_sum"}
     runner = Path(__file__).with_name("runner.py")
+    device_packages = ("openvino",)
 
     def __init__(self, *, device: str = "CPU", precision: Literal["f32", "bf16", "f16"] = "f32") -> None:
         self.device, self.precision = device, precision

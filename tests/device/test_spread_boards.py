@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
 import onnxruntime
+import private_sshd
 import pytest
-from tiny_job import TINY, make_job
+from tiny_job import SPREAD, make_job
 
 from edgekd import pipeline, preflight
 from edgekd.artifact import Store
+from edgekd.device import ssh
 from edgekd.errors import BoardFailed, RecipeError
 
-STUDENT = """\
-student:
-  network: spread
-  part: {network: resnet, depth: 8, width: 0.25}
-  boards: 3
-  copies: 2
-  filters: 24
-distill:
-  method: spread
-  scratch: false
-  train: {epochs: 1}
-benchmark: {seconds: 0.1, launches: 6}
-"""
-SPREAD = TINY[: TINY.index("student:")].replace("0.25", "0.375") + STUDENT
 # An interpreter whose agent is killed as soon as its first launch is over.
 KILLED = """\
 #!/bin/sh
@@ -92,6 +82,52 @@ def test_the_answer_without_a_killed_board_is_the_fusion_of_the_rest(store, kill
     )
     page = (store.run_folder(document["run_id"]) / "report.md").read_text()
     assert "The parts on their boards" in page and "the agent was killed (signal SIGKILL)" in page
+
+
+@pytest.mark.slow
+def test_parts_run_over_ssh_and_a_board_that_is_cut_off_is_silent(sshd, store, tmp_path, monkeypatch, main):
+    """The first board loses its connection for a moment while files are sent, the last for good while it measures."""
+    monkeypatch.setattr(ssh, "RECONNECT_S", 2.0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(SPREAD)
+    lost = private_sshd.Sshd(tmp_path / "lost")
+    try:
+        disturbed = [
+            after(lambda: list((sshd.home / ".edgekd/files").glob("*")), sshd.cut),
+            after(lambda: list((lost.home / ".edgekd/jobs").glob("job-*/launch_0.json")), lost.stop),
+        ]
+        urls = [sshd.url(python=sys.executable), "local:", lost.url(python=sys.executable)]
+        devices = [word for url in urls for word in ("--device", url)]
+        code, out, err = main("bench", "tiny.yaml", "--store", store.root, *devices, "--json")
+        for thread in disturbed:
+            thread.join()
+    finally:
+        lost.stop()
+    assert code == 0, err
+    document = json.loads(out)
+    first, second, last = document["spread_run"]["boards"]
+    assert [row["status"] in ("VALID", "INVALID") for row in (first, second)] == [True, True]
+    assert last["status"] == "SILENT" and last["reasons"] == ['device "ssh://board": the connection was lost']
+    _, artifacts = pipeline.recorded(store, document["run_id"])
+    answered, here = (np.load(artifacts[name].file("test_features.npy")) for name in ("boards", "parts"))
+    here[:, 2] = 0
+    np.testing.assert_allclose(answered, here, rtol=1e-3, atol=1e-4)
+    assert document["spread_run"]["silent"][0]["silent"] == 1
+    assert not list((sshd.home / ".edgekd/jobs").glob("job-*"))
+
+
+def after(condition, what):
+    """Do something once a condition holds."""
+
+    def watch():
+        deadline = time.monotonic() + 100
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        what()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
 
 
 @pytest.mark.slow
