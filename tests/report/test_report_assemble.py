@@ -10,7 +10,7 @@ import pytest
 from tiny_job import make_job
 
 from edgekd import pipeline
-from edgekd.artifact import Store
+from edgekd.artifact import Artifact, Store
 from edgekd.report import Absent
 from edgekd.report.assemble import document_from_run
 from edgekd.report.quantization import Quantization
@@ -50,6 +50,16 @@ def test_every_rung_has_the_accuracy_of_its_logits(run) -> None:
         assert row.n == len(labels)
         assert row.score == pytest.approx((predictions == labels).mean())
         assert row.ci95[0] <= row.score <= row.ci95[1]
+
+
+@pytest.mark.parametrize(("cuts", "times"), [(0, None), (1, "1 time"), (3, "3 times")])
+def test_a_benchmark_that_went_on_after_an_interruption_says_so(run, cuts, times) -> None:
+    record, artifacts = run
+    bench = artifacts["bench"]
+    manifest = {**bench.manifest, "result": {**bench.result, "interruptions": cuts}}
+    notes = document_from_run(record, {**artifacts, "bench": Artifact(bench.folder, manifest)}).notes
+    said = [note for note in notes if "interrupted" in note]
+    assert said == ([f"The benchmark was interrupted {times}, and went on behind its last launch."] if times else [])
 
 
 def test_confusion_counts_every_sample_once(run) -> None:
