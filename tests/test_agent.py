@@ -99,19 +99,12 @@ def test_python_3_8_the_standard_library_and_numpy_are_enough(source):
     assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names | {"numpy"} | optional
 
 
-def test_an_old_python_without_numpy_says_what_it_is(board):
-    old = shutil.which("python3.8")
-    if not old or subprocess.run([old, "-c", ""], capture_output=True, check=False).returncode:
-        pytest.skip("no python3.8 here")
-    finished = subprocess.run([old, "-I", "-c", RUN_FACTS], cwd=board, capture_output=True, text=True, check=False)
+def test_an_old_python_without_numpy_says_what_it_is(board, python_3_8):
+    argv = [python_3_8, "-S", "-m", "agent", "facts"]  # without its packages
+    finished = subprocess.run(argv, cwd=board, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     facts = json.loads(finished.stdout)
-    assert facts["python"].startswith("3.8.")
-
-
-RUN_FACTS = (
-    "import sys; sys.path.insert(0, '.'); sys.argv = ['agent', 'facts']; from agent.__main__ import main; main()"
-)
+    assert facts["python"].startswith("3.8.") and facts["numpy"] is None
 
 
 def test_a_benchmark_leaves_latencies_logits_and_a_result(done):

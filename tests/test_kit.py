@@ -19,7 +19,7 @@ import pytest
 import tensorrt_stand_in
 from tiny_job import make_job
 
-from edgekd import importing, kit, pipeline, stages
+from edgekd import importing, kit, pipeline, registry, stages
 from edgekd.artifact import Store
 from edgekd.device import Device
 from edgekd.device.signature import sign
@@ -100,26 +100,28 @@ def test_a_kit_holds_models_samples_and_how_to_run_them(carried):
     assert "    python3 -m agent bench spec.json" in readme
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("benchmark.mode=multi_stream", "benchmark.samples_per_query=3"),
-        ("benchmark.mode=offline", "benchmark.batches=[1,4]", "export.batch=dynamic"),
-        ("benchmark.mode=fps", "benchmark.fps=100", "benchmark.end_to_end=true"),
-        ("benchmark.mode=sustained",),
-    ],
-    ids=lambda overrides: overrides[0].rpartition("=")[2],
-)
 @pytest.mark.slow
-def test_a_kit_measures_in_every_mode(done, tmp_path, overrides):
+def test_a_kit_is_told_the_turns_of_every_mode(done, tmp_path):
     store = Path(shutil.copytree(done.store, tmp_path / "store"))
     (tmp_path / "board.yaml").write_text(BOARD.format(backend='"null"'))
-    there = packed(store, tmp_path / "board.yaml", tmp_path / "sdcard", "benchmark.seconds=0.3", *overrides)
+    for name in registry.names("mode"):
+        there = packed(store, tmp_path / "board.yaml", tmp_path / name, f"benchmark.mode={name}", "benchmark.seconds=2")
+        told = json.loads((there / "spec.json").read_text())
+        assert told["turns"] == registry.create("mode", name, options={"seconds": 2.0}).turns()
+
+
+@pytest.mark.slow
+def test_frames_on_a_clock_and_pictures_by_a_kit(done, tmp_path):
+    store = Path(shutil.copytree(done.store, tmp_path / "store"))
+    (tmp_path / "board.yaml").write_text(BOARD.format(backend="{null: {latency_ms: 0.3}}"))
+    overrides = ("benchmark.mode=fps", "benchmark.fps=100", "benchmark.seconds=0.3", "benchmark.end_to_end=true")
+    there = packed(store, tmp_path / "board.yaml", tmp_path / "sdcard", *overrides)
     finished = run(sys.executable, there)
     assert finished.returncode == 0, finished.stderr
     result = imported(store, there / "results.json")["bench"].result
-    assert result["mode"]["name"] == overrides[0].rpartition("=")[2]
-    assert bool(result["end_to_end"]) == any("end_to_end" in one for one in overrides)
+    assert (result["mode"]["name"], result["mode"]["fps"]) == ("fps", 100)
+    assert 0 <= result["mode"]["models"]["student"]["missed_share"] <= 1
+    assert result["end_to_end"]["models"]["student"]["steps_ms"]["infer"] >= 0.3
 
 
 def test_the_same_kit_has_the_same_bytes(tmp_path):

@@ -150,7 +150,8 @@ def _failure(finished: Finished, url: str, attempts: int, backend: str) -> Stage
         what = str(last["error"])
         lines.pop()
     if "numpy is not installed" in what or "No module named" in what:
-        fix = shlex.join(["edgekd", "doctor", "--device", url, "--backend", backend, "--install"])
+        install = [] if url.startswith("local:") else ["--install"]  # there it says which command of pip
+        fix = shlex.join(["edgekd", "doctor", "--device", url, "--backend", backend, *install])
     elif "disk is full" in what:
         fix = "free some space there, and run it again: finished launches are kept for an hour"
         return DiskFull(f'benchmark on "{url}": {what}', allowed=last_lines(lines) if lines else "", fix=fix)

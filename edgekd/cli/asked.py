@@ -17,7 +17,6 @@ from edgekd.errors import EdgekdError
 if TYPE_CHECKING:
     from edgekd.inventory import Place
     from edgekd.stages import Job
-    from edgekd.target import Target
     from edgekd.terminal import Terminal
 
 DEFAULT_TARGET = "local"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekd.errors import BudgetMissed, ResultInvalid
-from edgekd.kit import FOLDER
 
 if TYPE_CHECKING:
     from edgekd.artifact import Artifact, Store
@@ -76,6 +75,7 @@ def judge(document: Document, path: Path) -> None:
 
 def show_kit(made: Artifact, terminal: Terminal) -> None:
     """Where it is, and what is done with it."""
+    from edgekd.kit import FOLDER
     from edgekd.stages import ARCHIVE
 
     file = made.file(ARCHIVE)

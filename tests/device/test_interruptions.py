@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -228,3 +229,14 @@ def test_a_board_without_numpy_says_how_to_install_it(sshd, tmp_path):
         measure(url, tmp_path / "host")
     assert caught.value.what == f'benchmark on "{url}": numpy is not installed for {tmp_path}/bare/bin/python'
     assert caught.value.fix == f"edgekd doctor --device '{url}' --backend null --install"
+
+
+@pytest.mark.parametrize("install", ["", " --install"], ids=["here", "there"])
+def test_a_board_without_the_runtime_says_how_to_install_it(sshd, tmp_path, monkeypatch, install):
+    (tmp_path / "own.py").write_text("import no_such_runtime\n")
+    monkeypatch.setattr(Null, "runner", tmp_path / "own.py")
+    url = sshd.url(python=sys.executable) if install else "local:"
+    with pytest.raises(StageError) as caught:
+        measure(url, tmp_path / "host")
+    assert "a: ModuleNotFoundError: No module named 'no_such_runtime'" in caught.value.what.replace("student", "a")
+    assert caught.value.fix == f"edgekd doctor --device {shlex.quote(url)} --backend null{install}"
