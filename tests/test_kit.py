@@ -113,7 +113,7 @@ def test_a_kit_is_told_the_turns_of_every_mode(done, tmp_path):
 @pytest.mark.slow
 def test_frames_on_a_clock_and_pictures_by_a_kit(done, tmp_path):
     store = Path(shutil.copytree(done.store, tmp_path / "store"))
-    (tmp_path / "board.yaml").write_text(BOARD.format(backend="{null: {latency_ms: 0.3}}"))
+    (tmp_path / "board.yaml").write_text(BOARD.format(backend='{"null": {latency_ms: 0.3}}'))
     overrides = ("benchmark.mode=fps", "benchmark.fps=100", "benchmark.seconds=0.3", "benchmark.end_to_end=true")
     there = packed(store, tmp_path / "board.yaml", tmp_path / "sdcard", *overrides)
     finished = run(sys.executable, there)
