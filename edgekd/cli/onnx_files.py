@@ -89,6 +89,8 @@ class _Steps:
 
 def _show(made: Mapping[str, Any], built: Mapping[str, Any] | None, terminal: Terminal) -> None:
     """What was compiled, by whom, and in which precision each layer runs. Only what exists has a size."""
+    from edgekd.report.evidence import kernels_of, told_by_compiler
+
     if built is not None:
         identity = built["identity"]
         terminal.say(f"{built['module']} {built['version']} on {identity['device']}, built in {built['seconds']:.0f} s")
@@ -97,8 +99,12 @@ def _show(made: Mapping[str, Any], built: Mapping[str, Any] | None, terminal: Te
             terminal.table(("Layer", "Operator", "Asked for", "Ran in"), rows)
     found, facts = built or made, made["facts"]
     size = f"{found['size_bytes']:,} bytes" if "size_bytes" in found else "prepared; the board builds the engine"
+    kernels = built["kernels"] if built else kernels_of(facts)
+    size += f", {kernels} kernels" if kernels else ""
     version = "" if built else f" {facts['version']}"
     terminal.say(f"{made['backend']}{version}, {size}; {found['evidence']}")
+    for what, said in told_by_compiler(facts).items():
+        terminal.say(f"{what}: {said}")
     for alarm in (built or made["compiled"] or {}).get("alarms", ()):
         terminal.say(f"alarm: {alarm}")
     for row in made["findings"]:

@@ -34,11 +34,44 @@ def _compiled(result: Mapping[str, Any]) -> CompiledEngine:
         evidence=result["evidence"],
         compiler=compiled.get("compiler") or f"{facts['runtime']} {facts['version']}",
         size_bytes=result.get("size_bytes"),
-        kernels=compiled.get("kernels"),
+        kernels=compiled.get("kernels", kernels_of(facts)),
         layers=compiled.get("layers", []),
-        alarms=compiled.get("alarms", []),
+        alarms=[*compiled.get("alarms", []), *_unscheduled(facts)],
         findings=_findings(result),
+        facts=told_by_compiler(facts),
     )
+
+
+def told_by_compiler(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What a backend of this machine found by measuring while it compiled, in words; facts: those of `compile`."""
+    told = {}
+    for lma in facts.get("lma", ()):
+        ratio = (lma["over_relu"] or {}).get(lma["form"])
+        cost = "by rule, not measured" if ratio is None else f"chosen by measuring, {ratio:.2f} of a ReLU's loop"
+        told[f"LMA of {lma['segments']} segments"] = f"{lma['form']}: {cost}"
+    if ratio := facts.get("lma_table_ratio"):
+        kept = f"{len(facts['lma_tables'])} layers" if facts["lma_tables"] else "none"
+        told["LMA as tables"] = f"{kept}; with them {_range(ratio)} of the time without"
+    if tuning := facts.get("tuning"):
+        searched = f"{tuning['trials']} trials of {tuning['tasks']} kernels, {tuning['known']} known before"
+        ratio = f", tuned {_range(tuning['ratio'])} of untuned" if tuning["ratio"] else ""
+        told["tuning"] = f"{searched}{ratio}; kept: {tuning['kept']}"
+    return told
+
+
+def _range(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def kernels_of(facts: Mapping[str, Any]) -> int | None:
+    """How many there are in one inference, of a backend that says so: their number, or that of each kind."""
+    kernels = facts.get("kernels")
+    return sum(kernels.values()) if isinstance(kernels, Mapping) else kernels
+
+
+def _unscheduled(facts: Mapping[str, Any]) -> list[str]:
+    names = facts.get("unscheduled", ())
+    return [f"{len(names)} kernels are slow, for which no schedule is known: {', '.join(names)}"] if names else []
 
 
 def _built(result: Mapping[str, Any], engine: Mapping[str, Any]) -> CompiledEngine:

@@ -101,6 +101,31 @@ def test_what_tensorrt_rtx_compiled_shows_layers_and_no_size():
     assert (engine.compiler, engine.kernels, len(engine.layers), engine.alarms) == ("tensorrt_rtx 1.7.1", 4, 2, ["a"])
 
 
+def test_what_a_compiler_here_measured_is_told():
+    ratio = {"median": 0.9, "low": 0.85, "high": 0.95}
+    facts = {
+        "runtime": "tvm", "version": "0.27", "kernels": 12, "unscheduled": ["odd"],
+        "lma": [{"segments": 8, "form": "pick", "over_relu": {"pick": 1.03, "sum": 2.0}},
+                {"segments": 4, "form": "sum", "over_relu": None}],
+        "tuning": {"trials": 6, "tasks": 3, "known": 2, "ratio": ratio, "kept": "tuned"},
+        "lma_table_ratio": ratio, "lma_tables": ["act"],
+    }  # fmt: skip
+    made = artifact(**{**ENGINE, "backend": "tvm", "evidence": "compiled_on_host", "facts": facts})
+    engine = evidence.engines({"engine-student": made})["student"]
+    assert engine.kernels == 12
+    assert engine.alarms == ["1 kernels are slow, for which no schedule is known: odd"]
+    assert engine.facts == {
+        "LMA of 8 segments": "pick: chosen by measuring, 1.03 of a ReLU's loop",
+        "LMA of 4 segments": "sum: by rule, not measured",
+        "LMA as tables": "1 layers; with them 0.90 (0.85 to 0.95) of the time without",
+        "tuning": "6 trials of 3 kernels, 2 known before, tuned 0.90 (0.85 to 0.95) of untuned; kept: tuned",
+    }
+    made = artifact(
+        **{**ENGINE, "facts": {"runtime": "o", "version": "1", "kernels": {"Convolution": 3, "Pooling": 1}}}
+    )
+    assert evidence.engines({"engine-student": made})["student"].kernels == 4
+
+
 def test_what_the_board_built_is_claimed_as_built_there():
     artifacts = {"engine-student": artifact(**ENGINE), "build-student": artifact(**BUILD)}
     built = "built_on_device"
