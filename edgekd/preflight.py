@@ -51,9 +51,8 @@ def check(job: Job, to_make: Collection[str]) -> None:
         )
     if any(stage.startswith("onnx-") for stage in to_make):
         registry.create("backend", "onnxruntime").require()  # the judge of what an ONNX file computes
-    on_device = any(stage == "bench" or stage.startswith("build-") for stage in to_make)
-    if on_device and not (job.device or job.target.device).startswith("local:"):
-        check_device(job).facts()  # a board that does not answer shall not wait for the training
+    if any(stage == "bench" or stage.startswith("build-") for stage in to_make):
+        _check_reach(job)
     if {"bench", "kit", "boards"} & set(to_make):
         _check_mode(job)
     if "boards" in to_make:
@@ -96,6 +95,18 @@ def _check_precision(job: Job) -> None:
             allowed=f"{job.backend.name} computes: {', '.join(job.backend.precisions)}",
             fix="--set quantize.method=ptq, or another backend: --backend onnxruntime",
             key="quantize.method",
+        )
+
+
+def _check_reach(job: Job) -> None:
+    """A board that answers, or a machine that runs what is made for it."""
+    if not (job.device or job.target.device).startswith("local:"):
+        check_device(job).facts()
+    elif job.backend.builds_on == "host" and not job.backend.runs_here:
+        raise MissingError(
+            f"what backend {job.backend.name} makes for target {job.target.name} does not run on this machine",
+            allowed="its options name another processor, or a GPU that is not here",
+            fix="--device ssh://USER@HOST, or another --target or --backend",
         )
 
 

@@ -233,6 +233,19 @@ def test_a_precision_that_the_backend_does_not_compute_is_told_before_training(t
     assert not (tmp_path / "store" / "store").exists()
 
 
+def test_an_engine_for_a_gpu_that_is_not_here_is_told_before_training(tmp_path):
+    job = make_job(tmp_path / "store")
+    job.target = targets.with_backend(job.target, "{tvm: {gpu: sm_35}}")
+    with pytest.raises(MissingError) as caught:
+        pipeline.run(job, "bench")
+    assert str(caught.value).splitlines() == [
+        f"error: what backend tvm makes for target {job.target.name} does not run on this machine",
+        "       its options name another processor, or a GPU that is not here",
+        "fix:   --device ssh://USER@HOST, or another --target or --backend",
+    ]
+    assert not (tmp_path / "store" / "store").exists()
+
+
 def test_a_device_that_no_transport_reaches(done):
     job = make_job(done.store)
     job.device = "carrier-pigeon://coop"
