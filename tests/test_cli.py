@@ -203,13 +203,14 @@ def test_a_second_run_only_measures_and_its_json_is_the_report_also_when_the_ver
 # --- the verdict --------------------------------------------------------------------------------------------------
 
 
-def judged(done, **verdict) -> Exception | None:
+def judged(done, command: str = "edgekd bench", **verdict) -> Exception | None:
     from edgekd import pipeline
     from edgekd.artifact import Store
     from edgekd.report.assemble import document_from_run
 
     document = document_from_run(*pipeline.recorded(Store(done.store)))
-    document = document.model_copy(update={"verdict": document.verdict.model_copy(update=verdict)})
+    found = {"verdict": document.verdict.model_copy(update=verdict), "command": command}
+    document = document.model_copy(update=found)
     try:
         outcome.judge(document, Path("report.html"))
     except Exception as problem:
@@ -239,6 +240,8 @@ def test_an_invalid_result(done):
         "       reasons: 2, all in report.html",
         "fix:   quiet the machine and measure again: edgekd bench",
     ]
+    problem = judged(done, "edgekd import results.json", status="INVALID", reasons=["too hot"])
+    assert problem.fix == "quiet the board, and run the kit there again: python3 run.py"
 
 
 def test_a_good_result(done):

@@ -58,10 +58,13 @@ def judge(document: Document, path: Path) -> None:
     """Raises ResultInvalid or BudgetMissed: the report is there, and the exit code says how it ended."""
     verdict = document.verdict
     if verdict.status == "INVALID":
+        by_kit = document.command.startswith("edgekd import ")
         raise ResultInvalid(
             f"the measurement does not hold: {verdict.reasons[0]}",
             allowed=f"reasons: {len(verdict.reasons)}, all in {path}",
-            fix="quiet the machine and measure again: edgekd bench",
+            fix="quiet the board, and run the kit there again: python3 run.py"
+            if by_kit
+            else "quiet the machine and measure again: edgekd bench",
         )
     missed = [budget for budget in verdict.budgets if budget.met is False]
     if missed:

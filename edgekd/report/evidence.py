@@ -11,6 +11,7 @@ from edgekd.report.formatting import fact, milliseconds
 
 Artifacts = Mapping[str, Artifact]
 MEASURED_ON_HOST = "measured_on_host"
+PARTS = ("copy_in", "compute", "copy_out")
 IDENTITY = ("device", "compute_capability", "multiprocessors", "l4t")
 
 
@@ -100,7 +101,8 @@ def _built(result: Mapping[str, Any], engine: Mapping[str, Any]) -> CompiledEngi
 def _parts(artifacts: Artifacts, subject: str) -> dict[str, str]:
     """What of an inference is copying, by the device's own clock, where its runner tells the parts apart."""
     measured = artifacts["bench"].result["engines"].get(subject, {}) if "bench" in artifacts else {}
-    return {f"{name.replace('_', ' ')}, median": milliseconds(ms) for name, ms in measured.get("parts_ms", {}).items()}
+    parts = measured.get("parts_ms", {})
+    return {f"{name.replace('_', ' ')}, median": milliseconds(parts[name]) for name in PARTS if name in parts}
 
 
 def _findings(engine: Mapping[str, Any]) -> list[dict[str, str]]:
