@@ -22,6 +22,7 @@ Array = npt.NDArray[Any]
 
 # Names of blocks, by which the schedules find them.
 PRODUCT, DEPTHWISE, PADDED, INTEGER_PRODUCT = "product", "depthwise", "padded", "integer_product"
+LOOKED_UP = "looked_up"  # codes that were looked up in a table
 INTEGER = "integer"  # a part of the name of every kernel that sums products of codes
 QUAD = 4  # neighbouring codes that one instruction multiplies and adds
 

@@ -57,10 +57,10 @@ def quantize(importer: Importer, node: Node) -> Any:
     if layer and zero.dtype == np.int8 and importer.processor.looks_up_bytes:
         values = np.arange(-128, 128).astype(np.float32) * np.float32(layer.read.scale.item())
         table = _rounded(layer.segments(values), scale, zero)
-        x, code = layer.read.codes, lambda one: looked_up(one, table)
+        x, compute = layer.read.codes, _elementwise(lambda one: looked_up(one, table), products.LOOKED_UP)
     else:
-        x, code = given, _rounding(scale, zero)
-    return importer.call(_elementwise(code), importer.innermost(x), name="quantize")
+        x, compute = given, _elementwise(_rounding(scale, zero), "codes")
+    return importer.call(compute, importer.innermost(x), name="quantize")
 
 
 def _rounded(array: Array, scale: Array, zero: Array) -> Array:
@@ -70,21 +70,21 @@ def _rounded(array: Array, scale: Array, zero: Array) -> Array:
 
 
 def _rounding(scale: Array, zero: Array) -> Callable[[Any], Any]:
-    """The code of a value, as TVM's expression."""
+    """The code of a value, as TVM's expression: its last bits beside the rounder, which rounds before it is limited."""
     limits, offset = np.iinfo(zero.dtype), int(zero.item())
     factor, rounder = (tirx.const(float(value), "float32") for value in (np.float32(1) / scale.item(), ROUNDER))
-    low, high = (tirx.const(float(limit - offset), "float32") for limit in (limits.min, limits.max))
+    low, high = (tirx.const(ROUNDER + limit - offset, "float32") for limit in (limits.min, limits.max))
     bits = int(np.float32(ROUNDER).view(np.int32)) - offset
 
     def code(one: Any) -> Any:
-        inside = te.max(te.min(one * factor, high), low)
-        return (tirx.reinterpret("int32", inside + rounder) - tirx.const(bits, "int32")).astype(zero.dtype.name)
+        inside = te.max(te.min(one * factor + rounder, high), low)
+        return (tirx.reinterpret("int32", inside) - tirx.const(bits, "int32")).astype(zero.dtype.name)
 
     return code
 
 
-def _elementwise(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda x: te.compute(x.shape, lambda *at: function(x(*at)), name="codes")
+def _elementwise(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
+    return lambda x: te.compute(x.shape, lambda *at: function(x(*at)), name=name)
 
 
 def dequantize(importer: Importer, node: Node) -> Any:

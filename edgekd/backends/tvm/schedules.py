@@ -19,7 +19,7 @@ from tvm.s_tir import dlight
 from tvm.s_tir.dlight.base import ScheduleRule
 
 from edgekd.backends.tvm.processor import Processor
-from edgekd.backends.tvm.products import DEPTHWISE, INTEGER_PRODUCT, PADDED, PRODUCT
+from edgekd.backends.tvm.products import DEPTHWISE, INTEGER_PRODUCT, LOOKED_UP, PADDED, PRODUCT
 
 # Read by more blocks than this, a value of the epilogue is kept in the tile in place of being computed again.
 MAX_COPIES = 2
@@ -27,7 +27,9 @@ MAX_COPIES = 2
 MAX_VECTORS = 4
 # Below this many values a loop is not worth waking other threads for.
 WORTH_THREADS = 16384
-# A dot product takes one operand from memory: so many sums hide its latency, and more of them make it slower.
+# So many sums hide the latency of a multiplication, and more of them leave the epilogue no registers for its numbers.
+SUMS = 16
+# A dot product, or one channel's alone, takes operands from memory: more sums than these make it slower.
 DOT_SUMS = 8
 # What differs between kernels that take equal time: numbers, and what Relax calls the inputs.
 _NAMES = re.compile(r"T\.float32\([^)]*\)|\blv\d*\b")
@@ -56,12 +58,12 @@ class Plan(NamedTuple):
 def tiles(rows: int, columns: int, vectors: int, registers: int) -> list[Plan]:
     """The tiles that divide the sizes and fit into the registers, the best guess first.
 
-    That is the one that loads least, in doubt the smaller one. Each vector of weights takes a register too, and one is
-    left for a pixel.
+    That is the one that loads least, in doubt the smaller one, of those with up to SUMS. Each vector of weights takes a
+    register too, and one is left for a pixel.
     """
     found = (Plan(*sizes) for sizes in itertools.product(_divisors(rows), _divisors(columns), _divisors(vectors)))
     fitting = (tile for tile in found if tile.sums + tile.vectors < registers)
-    return sorted(fitting, key=lambda tile: (tile.loads, tile.sums))
+    return sorted(fitting, key=lambda tile: (tile.sums > SUMS, tile.loads, tile.sums))
 
 
 def _divisors(number: int) -> list[int]:
@@ -179,16 +181,23 @@ class Nest:
             schedule.cache_write(main, 0, "global")
             blocks = list(schedule.get_consumers(main))
         *between, last = blocks
+        looked_up = bool(between) and self.name(last) == LOOKED_UP
         kept = []
         for block in between:
-            if len(schedule.get_consumers(block)) > MAX_COPIES:
+            if len(schedule.get_consumers(block)) > MAX_COPIES or (looked_up and block is between[-1]):
                 kept.append(block)
             else:
                 schedule.compute_inline(block)
+        stored = [last]
+        if looked_up:  # the codes of the whole tile at once, which fill registers
+            stored.append(schedule.cache_write(last, 0, "global"))
         tile = schedule.get_loops(main)[depth - 1]
-        for block in [*kept, last]:
+        for block in [*kept, *stored]:
             schedule.reverse_compute_at(block, tile)
             loops = schedule.get_loops(block)[depth:]  # none for a single value
+            if looked_up and block is last and loops:
+                schedule.vectorize(schedule.fuse(*loops))
+                continue
             for channels in loops[-1:]:
                 self.vectorize(channels)
             for pixel in loops[:-1]:
@@ -319,14 +328,12 @@ class DepthwiseRule(Rule):
         return [nest.name(block) for block in nest.reductions] == [DEPTHWISE]
 
     def plans(self, nest: Nest) -> Iterator[Plan]:
-        """Tiles of one vector, both orders of the outer loops."""
+        """Tiles of one vector, the most nearly square ones of DOT_SUMS first, and both orders of the outer loops."""
         (*_, rows, columns, _), _ = nest.loops(nest.reductions[0])
-        sizes = nest.extent(rows), nest.extent(columns)
-        found = tiles(*sizes, 1, self.processor.registers)
-        guess = tiles(1, sizes[1], 1, self.processor.registers)[0]
-        for tile in [guess, *(tile for tile in found if tile != guess)]:
-            yield tile._replace(image_first=True)
+        found = tiles(nest.extent(rows), nest.extent(columns), 1, self.processor.registers)
+        for tile in sorted(found, key=lambda tile: (tile.sums > DOT_SUMS, -tile.sums, tile.rows + tile.columns)):
             yield tile
+            yield tile._replace(image_first=True)
 
     def transform(self, nest: Nest, plan: Plan) -> None:
         """[n, rows, columns, channels] of tiles; within one the sums over the kernel."""
@@ -344,7 +351,7 @@ class DepthwiseRule(Rule):
         for loop in (tile_rows, tile_columns, *sums):
             schedule.unroll(loop)
         nest.attach_epilogue(main, len(outside))
-        nest.parallel(outside[:2])
+        nest.parallel(outside[:-1])
         nest.initialise(main, sums[0], 2)
 
 

@@ -36,7 +36,7 @@ ALL_LANES, ROUND_AS_SET = -1, 4
 ROUNDER = 1.5 * 2**23
 # By this share of the outermost cut, index moves the cuts to the right, so that rounding leaves a cut in its segment.
 AT_CUT = 2.0**-21
-WORDS = 16  # int32 values of such a register
+BYTES = 64  # of such a register
 
 
 class Segments(NamedTuple):
@@ -96,7 +96,7 @@ def looked_up(code: Any, table: Array) -> Any:
     """An int8 code as TVM's expression; table: int8 [256], the entry of the code -128 first."""
     words = np.roll(table, 128).view(np.int32)  # the byte of the code 0 is 0
     numbers = [tirx.const(int(word), "int32") for word in words]
-    return tirx.call_intrin("int32", TABLE, code.astype("int32"), *numbers).astype("int8")
+    return tirx.call_intrin("int8", TABLE, code, *numbers)
 
 
 def _spelled_lma(call: Any) -> Any:
@@ -169,20 +169,19 @@ def _spelled_table(call: Any) -> Any:
     code, *numbers = call.args
     words = [_number(one) for one in numbers]
     registers = [
-        tirx.reinterpret(f"int8x{4 * WORDS}", _vector([tirx.const(word, "int32") for word in words[start:][:WORDS]]))
-        for start in range(0, len(words), WORDS)
+        tirx.reinterpret(f"int8x{BYTES}", _vector([tirx.const(word, "int32") for word in words[start:][: BYTES // 4]]))
+        for start in range(0, len(words), BYTES // 4)
     ]
-    return _by_registers(code, WORDS, lambda part: _entries(part, registers))
+    return _by_registers(code, BYTES, lambda part: _entries(part, registers))
 
 
 def _entries(at: Any, registers: list[Any]) -> Any:
-    """The entries of codes that are int32: two registers hold those from 0 on, two those of the others."""
-    wide, bytes_at = f"int8x{4 * WORDS}", tirx.reinterpret(f"int8x{4 * WORDS}", at)
+    """The entries of 64 codes: two registers hold those from 0 on, two those of the others."""
     positive, negative = (
-        tirx.reinterpret(f"int32x{WORDS}", tirx.call_llvm_pure_intrin(wide, PERMUTE_BYTES, first, bytes_at, second))
+        tirx.call_llvm_pure_intrin(at.ty, PERMUTE_BYTES, first, at, second)
         for first, second in (registers[:2], registers[2:])
     )
-    return tirx.Select(at < _filled(0, WORDS, "int32"), negative, positive)
+    return tirx.Select(at < _filled(0, BYTES, "int8"), negative, positive)
 
 
 def _picked(values: Array, at: Any, lanes: int) -> Any:
