@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -128,7 +129,7 @@ def report(rows: list[dict[str, Any]], asked: argparse.Namespace) -> str:
     return (
         f"Six convolutions of {CHANNELS} channels at {SIZE}x{SIZE}, batch 1, one thread: processor time over the same"
         f" network with ReLU in the same runtime, median of {asked.rounds} interleaved rounds (10th to 90th"
-        " percentile).\n\n"
+        f" percentile), at a load average of {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores.\n\n"
         + table(["form", "exact for", *(f"{BACKENDS[backend]}, k = {k}" for backend, k in columns)], lines)
         + "\n\nMade by `benchmarks/lma_onnx.py`."
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -181,10 +182,11 @@ def report(rows: list[dict[str, Any]], rounds: int, minutes: float) -> str:
     trials = [row["tuning"]["trials"] for row in rows if row["activation"] in TUNED_ACTIVATIONS]
     return (
         f"Latency of TVM {version} over ONNX Runtime {onnxruntime.__version__}, untuned and, with ReLU, tuned for up to"
-        f" {minutes:g} minutes ({min(trials)} to {max(trials)} trials, on a machine with other work), batch 1,"
+        f" {minutes:g} minutes ({min(trials)} to {max(trials)} trials), batch 1,"
         f" one thread, {SHAPE.height}x{SHAPE.width} pixels, {cpu}; LMA has {SEGMENTS} segments, each runtime runs the"
         f" form that it is fastest in, and INT8 in its own dialect. Median of {rounds} interleaved rounds (10th to"
-        " 90th percentile). The next two columns are each runtime's own latency over the same network with ReLU.\n\n"
+        f" 90th percentile) at a load average of {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores. The next"
+        " two columns are each runtime's own latency over the same network with ReLU.\n\n"
         + table(
             [
                 "network",
