@@ -74,12 +74,25 @@ class OpenVino(Backend):
         return facts
 
     def _opened(self, onnx: Path, folder: Path, threads: int) -> dict[str, Any]:
-        shutil.copyfile(onnx, folder / "model.onnx")
+        _write(onnx, folder / "model.onnx")
         write_settings(folder, self._settings(threads))
         return opening.opened(self, onnx, folder)
 
     def _settings(self, threads: int) -> dict[str, Any]:
         return {"backend": self.name, "threads": threads, "device": self.device, "precision": self.precision}
+
+
+def _write(model: Path, out: Path) -> None:
+    """The model as OpenVINO computes it right."""
+    import onnx
+
+    from edgekd.backends.openvino.joins import kept_apart
+
+    loaded = onnx.load(model)
+    if any(node.op_type == "DequantizeLinear" for node in loaded.graph.node):
+        onnx.save(kept_apart(loaded), out)
+    else:
+        shutil.copyfile(model, out)
 
 
 def _problems(path: Path) -> list[str]:
