@@ -116,13 +116,13 @@ def test_what_is_no_schedule(value, reason):
         recipe.load("digits", [f"distill.temperature={json.dumps(value)}"])
     assert str(caught.value) == (
         f"error: --set: distill.temperature = {json.dumps(value)} is not valid\n"
-        f"       expected: float | schedule   ({reason})\n"
+        f"       expected: float | schedule | null   ({reason})\n"
         "fix:   correct distill.temperature, or see: edgekd list methods"
     )
 
 
 def test_a_text_is_refused_as_before():
-    with pytest.raises(RecipeError, match=r"expected: float \| schedule   \(should be a valid number\)"):
+    with pytest.raises(RecipeError, match=r"expected: float \| schedule \| null   \(should be a valid number\)"):
         recipe.load("digits", ["distill.temperature=hot"])
 
 
@@ -145,5 +145,6 @@ def test_the_recipe_keeps_a_schedule_and_the_schema_knows_it():
 
 def test_the_list_of_methods_shows_the_type():
     (row,) = [row for row in catalog.rows("methods") if row["name"] == "kd"]
-    assert row["options"]["temperature"]["type"] == "float | schedule"
-    assert "temperature=4.0|schedule tau_squared=true " in catalog.options_text(row)
+    assert row["options"]["kd_weight"]["type"] == "float | schedule"
+    assert row["options"]["temperature"]["type"] == "float | schedule | null"
+    assert "kd_weight=0.7|schedule ce_weight=null|schedule temperature=null|schedule " in catalog.options_text(row)

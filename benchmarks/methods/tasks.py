@@ -4,7 +4,8 @@
     PYTHONPATH=benchmarks:benchmarks/methods python benchmarks/methods/tasks.py --report FILE [FILE ...]
 
 Targets, optimisers and learning rates are those of the recipes digits-slant, digits-embedding and digits-mask; networks
-and epochs are smaller, and labels few, as in `digits.py`. Within a seed everything but the method is the same.
+and epochs are smaller, and labels few, as in `digits.py`. Within a seed everything but the method is the same. Every
+study is a section of its own, written from the lines of that study alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from edgekd.tasks import Metric
 SEVERITIES = (1, 3, 5)
 CATEGORIES = ("noise", "blur", "digital")
 # The student sees as many images in all as on the few labelled ones, but all of them, and no label.
-UNLABELLED = "regression, all images without labels"
+UNLABELLED = "all images without labels"
 BASE = "scratch"
 
 
@@ -63,7 +64,7 @@ STUDIES = {
             BASE: ("scratch", {}),
             "regression": ("regression", {}),
             "regression, labels at half weight": ("regression", {"teacher_weight": 0.5, "label_weight": 0.5}),
-            UNLABELLED: ("regression", {}),
+            f"regression, {UNLABELLED}": ("regression", {}),
         },
         is_corrupted=True,
     ),
@@ -89,6 +90,8 @@ STUDIES = {
             BASE: ("scratch", {}),
             "kd": ("kd", {}),
             "kd, weight 0.5, temperature 2": ("kd", {"kd_weight": 0.5, "temperature": 2.0}),
+            "kd, temperature 4": ("kd", {"temperature": 4.0}),
+            f"kd, {UNLABELLED}": ("kd", {"kd_weight": 1.0}),
         },
     ),
 }  # fmt: skip
@@ -102,7 +105,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.report:
         lines = [json.loads(line) for file in given.report for line in file.read_text(encoding="utf-8").splitlines()]
-        write_section("methods_tasks", "Real values, embeddings and masks", report(lines))
+        for name in sorted({line["study"] for line in lines}, key=list(STUDIES).index):
+            own = [line for line in lines if line["study"] == name]
+            write_section(f"methods_tasks_{name}", STUDIES[name].title, report(STUDIES[name], own))
         return
     for name in given.studies:
         for seed in given.seeds:
@@ -133,7 +138,7 @@ def run(name: str, study: Study, seed: int) -> None:
     tell("teacher", teacher, train(teacher, many, study.teacher_budget, "scratch", {}, None, seed, study.augment))
     for row, (method, options) in study.rows.items():
         student, seen, budget = network(study.student, few, seed, study.network), few, study.budget
-        if row == UNLABELLED:
+        if row.endswith(UNLABELLED):
             seen = many
             budget = budget.model_copy(update={"epochs": round(budget.epochs * len(few.train) / len(many.train))})
         tell(row, student, train(student, seen, budget, method, options, teacher, seed, study.augment))
@@ -143,29 +148,24 @@ def load(study: Study) -> Dataset:
     return data.load("digits", study.source, task=study.task)
 
 
-def report(lines: list[dict[str, Any]]) -> str:
-    seeds = sorted({line["seed"] for line in lines})
-    parts = [
-        f"Mean ± standard deviation over {len(seeds)} seeds, of {len(load(STUDIES['slant']).test)} test images; gains"
-        f" are differences within seeds, mean (range). A student learns from {IMAGES} labelled images (a tenth"
-        f" validates) for {EPOCHS} epochs; its teacher has seen all of them. Targets,"
-        " optimisers and learning rates are those of the recipes digits-slant, digits-embedding and digits-mask;"
-        " networks, with ReLU, are a ResNet-8 and a ResNet-14 of half the width, for masks U-Nets of 8 and 24 channels."
-        " Every method has the defaults of its options unless its row says otherwise; none was searched for.",
-    ]
-    for name, study in STUDIES.items():
-        parts.append(f"### {study.title}")
-        found = {
-            row: sorted(
-                (line for line in lines if (line["study"], line["row"]) == (name, row)), key=lambda line: line["seed"]
-            )
-            for row in ("teacher", *study.rows)
-        }
-        if not all(len(of_row) == len(seeds) for of_row in found.values()):
-            parts.append("Not run yet.")
-            continue
-        parts += [scores(found, load(study).task.metric), *(robustness(found) if study.is_corrupted else [])]
-    return "\n\n".join([*parts, "Made by `benchmarks/methods/tasks.py`."])
+def report(study: Study, lines: list[dict[str, Any]]) -> str:
+    seeds, loaded = sorted({line["seed"] for line in lines}), load(study)
+    found = {row: [one for one in lines if one["row"] == row] for row in ("teacher", *study.rows)}
+    found = {row: sorted(of_row, key=lambda line: line["seed"]) for row, of_row in found.items()}
+    assert all(len(of_row) == len(seeds) for of_row in found.values()), "every row once for every seed"
+    head = (
+        f"Mean ± standard deviation over {len(seeds)} seeds, of {len(loaded.test)} test images; gains are differences"
+        f" within seeds, mean (range). A student learns from {IMAGES} labelled images (a tenth validates) for {EPOCHS}"
+        f" epochs; its teacher has seen all of them. Networks, with ReLU: {study.network} {told(study.student)}, and"
+        f" {told(study.teacher)} as the teacher. Every method has the defaults of its options unless its row says"
+        " otherwise; none was searched for."
+    )
+    tables = [scores(found, loaded.task.metric), *(robustness(found) if study.is_corrupted else [])]
+    return "\n\n".join([head, *tables, "Made by `benchmarks/methods/tasks.py`."])
+
+
+def told(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items())
 
 
 def scores(found: dict[str, list[dict[str, Any]]], metric: Metric) -> str:

@@ -17,7 +17,8 @@ times the student's width whose channels form s groups. A new one comes in with 
 as in net2net (Chen, Goodfellow, Shlens, ICLR 2016), and needs no knowledge of the network's graph: any architecture can
 grow, where net2net's rules for wider layers would have to follow shortcuts and concatenations. A group costs nothing
 before its phase.
-In segmentation the divergences are of every pixel, their mean is taken, and the loss on the labels is the task's.
+In segmentation the divergences are of every pixel and their mean is taken, with 1 - soft Dice of both networks beside
+it, as in `kd`; the loss on the labels is the task's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from torch import Tensor, nn
 
 from edgekd.errors import RecipeError
 from edgekd.methods import Method, Setting, Step
-from edgekd.methods.divergence import by_place, divergence
+from edgekd.methods.divergence import from_teacher, softening
+from edgekd.methods.kd import KD
 from edgekd.methods.options import above_zero, at_least_zero
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
@@ -40,7 +42,8 @@ class GrowingAssistant(Method):
     """The student learns from an assistant that learns from the teacher and grows, group by group, as they train.
 
     groups: student-sized parts of the assistant in the end, the student among them, and phases of the training.
-    kd_weight: of the divergences. ce_weight: of the labels. temperature: tau.
+    kd_weight: of the divergences. ce_weight: of the labels. temperature: tau; null is the task's: 4 for classes, 1 for
+    every pixel.
     """
 
     tasks = ("classification", "segmentation")
@@ -52,11 +55,12 @@ class GrowingAssistant(Method):
         groups: int = 4,
         kd_weight: float | Schedule = 0.7,
         ce_weight: float | Schedule = 0.3,
-        temperature: float | Schedule = 4.0,
+        temperature: float | Schedule | None = None,
     ) -> None:
         super().__init__()
         self.kd_weight, self.ce_weight, self.temperature = kd_weight, ce_weight, temperature
-        above_zero("temperature", temperature, 4)
+        if temperature is not None:
+            above_zero("temperature", temperature, 4)
         at_least_zero("kd_weight", kd_weight, 0.7)
         at_least_zero("ce_weight", ce_weight, 0.3)
         if groups < 2:
@@ -80,21 +84,24 @@ class GrowingAssistant(Method):
         self.scale = nn.Parameter(torch.zeros(self.count - 1, device=setting.example.device))
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        """{ce, kd: the student's scalars; assistant_ce, assistant_kd: the assistant's}."""
-        tau = value_at(self.temperature, step.progress)
-        ce_weight = value_at(self.ce_weight, step.progress)
-        kd_weight = value_at(self.kd_weight, step.progress) * tau**2
+        """{ce, kd: the student's scalars; assistant_ce, assistant_kd: the assistant's}; joint for pixels."""
+        tau, kd_weight = softening(self.temperature, step), value_at(self.kd_weight, step.progress)
+        ce_weight, weights = value_at(self.ce_weight, step.progress), (kd_weight * tau**2, kd_weight)
         phase = min(self.count, 1 + int(step.progress * self.count))
         logits = self.assistant(step.student_logits, step.x, phase)
         step.record("groups", phase)
         step.record("assistant_score", step.task.batch_score(logits.detach(), step.y))
-        student, teacher, assistant = (by_place(one) for one in (step.student_logits, step.teacher_logits, logits))
         return {
             "ce": ce_weight * step.label_loss(),
-            "kd": kd_weight * divergence(assistant.detach(), student, tau),
+            **from_teacher(step, logits.detach(), step.student_logits, weights, tau),
             "assistant_ce": ce_weight * step.task.loss(logits, step.y),
-            "assistant_kd": kd_weight * divergence(teacher, assistant, tau),
+            **from_teacher(step, step.teacher_logits, logits, weights, tau, "assistant_"),
         }
+
+    def finetuning(self) -> Method:
+        """The student has learned from the assistant: as in the first phase, where it is the assistant, it learns from
+        the teacher itself."""
+        return KD(kd_weight=self.kd_weight, ce_weight=self.ce_weight, temperature=self.temperature)
 
     def assistant(self, student_logits: Tensor, x: Tensor, phase: int) -> Tensor:
         """The logits [B, K] of the assistant as large as in this phase, 1 to `groups`, for images [B, C, H, W]."""

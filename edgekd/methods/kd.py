@@ -14,7 +14,8 @@ With schedules it is also the annealed distillation of a sensor's successor (Van
 Selective distillation is Van Molle's second finding, and its two rules are a reconstruction [R] too: the samples that
 the teacher does not get right, or is not sure of, have no KL and their cross-entropy at full weight.
 
-In segmentation every pixel has a KL, and their mean is taken; the loss on the labels is the task's.
+In segmentation every pixel has a KL, and their mean is taken; the loss on the labels is the task's, which has a Dice
+beside the cross-entropy, and so the teacher has one beside KL: kd_weight * (1 - soft Dice of both networks).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 
 from edgekd.errors import RecipeError, shown
 from edgekd.methods import Method, Setting, Step
-from edgekd.methods.divergence import by_place, divergence, divergences
+from edgekd.methods.divergence import divergences, from_teacher, softening
 from edgekd.methods.options import above_zero
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at, values_of
@@ -37,7 +38,8 @@ class KD(Method):
     """The student matches the teacher's softened class probabilities, and the labels.
 
     kd_weight: weight of the KL term. ce_weight: weight of the cross-entropy; null is 1 - kd_weight.
-    temperature: tau, softens both outputs; higher shows more of how the teacher ranks the wrong classes.
+    temperature: tau, softens both outputs; higher shows more of how the teacher ranks the wrong classes. null is the
+    task's: 4 for classes, 1 for every pixel.
     tau_squared: multiply KL by tau^2, which keeps its gradient at the scale of the cross-entropy's.
     kl_reduction: `batchmean` sums KL over the classes, `mean` averages over them as well.
     selective: distil only where the teacher is `right`, or `sure` of the label; elsewhere labels alone teach.
@@ -51,7 +53,7 @@ class KD(Method):
         *,
         kd_weight: float | Schedule = 0.7,
         ce_weight: float | Schedule | None = None,
-        temperature: float | Schedule = 4.0,
+        temperature: float | Schedule | None = None,
         tau_squared: bool = True,
         kl_reduction: Literal["batchmean", "mean"] = "batchmean",
         selective: Literal["right", "sure"] | None = None,
@@ -61,7 +63,8 @@ class KD(Method):
         self.kd_weight, self.ce_weight, self.temperature = kd_weight, ce_weight, temperature
         self.tau_squared, self.kl_reduction = tau_squared, kl_reduction
         self.selective, self.confidence = selective, confidence
-        above_zero("temperature", temperature, 4)
+        if temperature is not None:
+            above_zero("temperature", temperature, 4)
         weights = values_of(kd_weight)
         others = [1 - weight for weight in weights] if ce_weight is None else values_of(ce_weight)
         if min(*weights, *others) < 0:
@@ -83,16 +86,16 @@ class KD(Method):
             )
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        """{ce: scalar, kd: scalar}."""
+        """{ce: scalar, kd: scalar}; with joint: scalar for pixels."""
         kd_weight = value_at(self.kd_weight, step.progress)
         ce_weight = 1 - kd_weight if self.ce_weight is None else value_at(self.ce_weight, step.progress)
         if self.selective is not None:
             return self._selected(step, kd_weight, ce_weight)
-        temperature = value_at(self.temperature, step.progress)
-        kl = divergence(by_place(step.teacher_logits), by_place(step.student_logits), temperature)
+        weights = kd_weight * self._scale(step), kd_weight
+        tau = softening(self.temperature, step)
         return {
             "ce": ce_weight * step.label_loss(),
-            "kd": kd_weight * (kl * self._scale(step)),
+            **from_teacher(step, step.teacher_logits, step.student_logits, weights, tau),
         }
 
     def _selected(self, step: Step, kd_weight: float, ce_weight: float) -> dict[str, Tensor]:
@@ -103,8 +106,7 @@ class KD(Method):
             of_label = step.teacher_logits.softmax(1).gather(1, step.y[:, None])[:, 0]
             trusted = (of_label > value_at(self.confidence, step.progress)).float()
         step.record("trusted", trusted.mean())
-        temperature = value_at(self.temperature, step.progress)
-        kl = divergences(step.teacher_logits, step.student_logits, temperature)
+        kl = divergences(step.teacher_logits, step.student_logits, softening(self.temperature, step))
         ce = F.cross_entropy(step.student_logits, step.y, reduction="none")
         return {
             "ce": ((ce_weight + kd_weight * (1 - trusted)) * ce).mean(),
@@ -112,5 +114,5 @@ class KD(Method):
         }
 
     def _scale(self, step: Step) -> float:
-        scale = value_at(self.temperature, step.progress) ** 2 if self.tau_squared else 1.0
+        scale = softening(self.temperature, step) ** 2 if self.tau_squared else 1.0
         return scale / step.student_logits.shape[1] if self.kl_reduction == "mean" else scale

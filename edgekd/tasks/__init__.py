@@ -84,9 +84,11 @@ class Task(ABC):
     name: ClassVar[str]
     metric: Metric
     # How far two networks agree, for readers.
+    agree: ClassVar[str]
     # Whether labels and answers are maps on the pixels, which move with the image.
     per_pixel: ClassVar[bool] = False
-    agree: ClassVar[str]
+    # What softens answers in distillation, where the recipe does not say.
+    kd_temperature: ClassVar[float] = 4.0
 
     @property
     def choice(self) -> dict[str, dict[str, Any]]:
@@ -138,6 +140,14 @@ class Task(ABC):
     @abstractmethod
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """What is minimised without a teacher: a scalar, the mean over the batch."""
+
+    def joint_divergence(self, outputs: Tensor, teacher: Tensor) -> Tensor | None:
+        """How far the answers of a batch, taken together, are from a teacher's: a scalar, 0 where they are equal.
+
+        None where the loss has no part that looks at answers together, so that a divergence of each says it all.
+        """
+        del outputs, teacher
+        return None
 
     @abstractmethod
     def batch_score(self, outputs: Tensor, labels: Tensor) -> Tensor:
