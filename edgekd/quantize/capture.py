@@ -26,12 +26,14 @@ from edgekd.quantize.placement import Reader
 
 Edge = tuple[fx.Node, fx.Node]  # from the node that makes a tensor to one that reads it
 _LEAVES = (LMA, nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm")  # the exporter folds a normalisation behind one of these into it
 _aten = torch.ops.aten
 # Operators of torch by those of ONNX that the rules of placement know; all others are strangers to them.
 _OPERATORS: Mapping[Any, str] = {
     _aten.conv1d.default: "Conv", _aten.conv1d.padding: "Conv", _aten.conv2d.default: "Conv",
     _aten.conv2d.padding: "Conv", _aten.conv3d.default: "Conv", _aten.conv3d.padding: "Conv",
     _aten.conv_transpose1d.default: "ConvTranspose", _aten.conv_transpose2d.input: "ConvTranspose",
+    _aten.conv_transpose3d.input: "ConvTranspose", _aten.max_pool3d.default: "MaxPool",
     _aten.linear.default: "Gemm", _aten.relu.default: "Relu", _aten.hardtanh.default: "Clip",
     _aten.relu6.default: "Clip", _aten.clamp.default: "Clip", _aten.add.Tensor: "Add", _aten.pad.default: "Pad",
     _aten.constant_pad_nd.default: "Pad", _aten.max_pool1d.default: "MaxPool", _aten.max_pool2d.default: "MaxPool",
@@ -188,7 +190,7 @@ class _Skeleton:
     def _folds(self, node: fx.Node) -> bool:
         """Whether a node is a batch normalisation that becomes a part of the layer before it."""
         before = node.all_input_nodes[0] if isinstance(self._layer(node), nn.modules.batchnorm._BatchNorm) else None
-        return before is not None and len(before.users) == 1 and _OPERATORS.get(before.target) in ("Conv", "Gemm")
+        return before is not None and len(before.users) == 1 and _OPERATORS.get(before.target) in _WEIGHTED
 
 
 def _is_plain(node: fx.Node, operator: str) -> bool:
