@@ -353,7 +353,7 @@ def _training(artifacts: Artifacts) -> dict[Network, Training | Absent]:
 
 def _confusion(task: Task, artifacts: Artifacts) -> Confusion | Absent:
     if task.name != "classification":
-        return Absent(reason=f"The task is {task.name}: no class is named that could be confused with another.")
+        return Absent(reason=f"The task is {task.name}: the answers to it are told in another way.")
     student = artifacts.get("bench", artifacts.get("student"))
     if student is None:
         return Absent(reason="There is no student yet.")
