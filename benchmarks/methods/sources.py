@@ -92,6 +92,7 @@ def about_growing(rows: Rows) -> str:
 def angular(seed: int, only: Sequence[str]) -> Iterator[Result]:
     """The angles between the classifier's class vectors."""
     rows = {name: made(name) for name in ("scratch", "kd", "angular")}
+    rows |= {f"angular, length {length:g}": made("angular", length=length) for length in (1.0, 5.0)}
     rows["kd, angular"] = made("combined", methods=["kd", "angular"])
     yield from students(
         rows, seed, only, few(IMAGES), about=lambda student, method: {"angle": mean_angle(student)}
