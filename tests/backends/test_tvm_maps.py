@@ -11,7 +11,8 @@ from onnx import helper
 pytest.importorskip("tvm", reason="TVM is an extra: pip install 'edgekd[tvm]'")
 pytest.importorskip("tvm_ffi")
 
-from test_tvm_backend import agrees_with_onnxruntime, convolution, create, joined_model, operator, per_channel
+from test_tvm_backend import agrees_with_onnxruntime, create
+from tvm_models import convolution, joined_model, operator, per_channel
 
 from edgekd.activations import multi_segment_layers
 from edgekd.backends.tvm import runner
