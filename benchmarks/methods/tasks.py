@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comparison import spread_of
 from digits import AUGMENT, EPOCHS, IMAGES, STUDENT, TEACHER, gain, network, train
 from results import table, write_section
 from torch import nn
@@ -211,10 +212,6 @@ def robustness(found: dict[str, list[dict[str, Any]]]) -> list[str]:
         f"Kinds of {len(kinds)} whose error never falls from one severity to the next, in the mean over the seeds:"
         f" {'; '.join(rising)}.",
     ]
-
-
-def spread_of(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 if __name__ == "__main__":
