@@ -37,6 +37,10 @@ class AccuracyChange(Part):
     test: str = "McNemar"
 
 
+# Answers are float32: a difference below this is rounding.
+ROUNDING = 1e-6
+
+
 class Metric(Part):
     """What every `score` of the document is; as `edgekd.tasks.Metric`. Top-1 where a run says nothing else."""
 
@@ -67,11 +71,17 @@ class Metric(Part):
 
     def change(self, difference: float) -> str:
         """−0.40 points, or +0.12 years."""
-        return points(difference) if self.share else f"{signed(difference)} {self.unit}".strip()
+        return points(difference) if self.share else f"{self.bare(difference)} {self.unit}".strip()
 
     def bare(self, difference: float) -> str:
         """The same without points or unit."""
-        return points(difference).removesuffix(" points") if self.share else signed(difference)
+        if self.share:
+            return points(difference).removesuffix(" points")
+        return signed(difference if abs(difference) >= ROUNDING else 0.0)
+
+    def loss(self, value: float) -> str:
+        """Of a budget: 5.00 points, or 1.00 years."""
+        return points(value).lstrip("+") if self.share else f"{number(value)} {self.unit}".strip()
 
     def span(self, ends: Span) -> str:
         """91.10 to 91.90%."""

@@ -161,8 +161,8 @@ def budgets(document: Document) -> Table | Absent:
         Row(
             (
                 budget.name,
-                f"{budget.bound} {quantity(budget.name, budget.limit)}",
-                DASH if budget.value is None else quantity(budget.name, budget.value),
+                f"{budget.bound} {_budgeted(document, budget.name, budget.limit)}",
+                DASH if budget.value is None else _budgeted(document, budget.name, budget.value),
                 "not measured" if budget.met is None else "met" if budget.met else "MISSED",
             )
         )
@@ -173,6 +173,10 @@ def budgets(document: Document) -> Table | Absent:
         ("Budget", "Limit", "Measured", "Result"),
         tuple(rows),
     )
+
+
+def _budgeted(document: Document, name: str, value: float) -> str:
+    return document.metric.loss(value) if name == "accuracy_drop" else quantity(name, value)
 
 
 def ladder(document: Document) -> Table:

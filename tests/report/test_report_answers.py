@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 from pydantic import ValidationError
+from report_parts import a_report
 
+from edgekd.report import tables
 from edgekd.report.answer_figures import of_answers
 from edgekd.report.answers import ClassScores, Estimates
+from edgekd.report.document import Document
 from edgekd.report.part import Metric
 
 DICE = Metric(name="dice", label="Dice")
@@ -56,3 +59,12 @@ def test_values_without_points_are_told_with_their_unit():
     assert (MAE.text(1.234), MAE.change(-0.5), MAE.bare(0.25)) == ("1.23", "−0.500 years", "+0.250")
     assert MAE.span((1.0, 2.0)) == "1.00 to 2.00" and DICE.span((0.5, 0.75)) == "50.00 to 75.00%"
     assert DICE.change(-0.004) == "−0.40 points" and Metric().noun == "accuracy"
+    assert (MAE.change(-1.4e-7), MAE.bare(1.4e-7)) == ("0 years", "0")  # rounding
+    assert (MAE.loss(1.0), MAE.loss(-1.16), DICE.loss(0.05)) == ("1.00 years", "−1.16 years", "5.00 points")
+
+
+def test_a_budget_of_accuracy_is_in_the_unit_of_the_metric():
+    report = a_report() | {"metric": MAE.model_dump()}
+    report["verdict"]["budgets"] = [{"name": "accuracy_drop", "limit": 1.0, "value": 2.5, "met": False}]
+    (row,) = tables.budgets(Document.model_validate(report)).rows
+    assert row.cells == ("accuracy_drop", "at most 1.00 years", "2.50 years", "MISSED")
