@@ -46,6 +46,11 @@ class Constants:
         return [right - left for left, right in itertools.pairwise(self.biases)]
 
     @property
+    def width(self) -> float:
+        """That of an inner segment; all have the same, and 1 stands for that of none."""
+        return self.cuts[1] - self.cuts[0] if len(self.cuts) > 1 else 1.0
+
+    @property
     def offset(self) -> float:
         """What the sum of `d_j max(x, c_j)` lacks of y, next to `slopes[0] x`."""
         return self.biases[0] - sum(step * cut for step, cut in zip(self.slope_steps, self.cuts, strict=True))
@@ -95,11 +100,36 @@ def where(x: Tensor, c: Constants) -> Tensor:
 
 def gather(x: Tensor, c: Constants) -> Tensor:
     """Index by the equal width of the segments, then two look-ups."""
-    width = c.cuts[1] - c.cuts[0] if len(c.cuts) > 1 else 1.0
     flat = x.reshape(-1)
-    index = torch.ceil((flat - c.cuts[0]) * (1 / width)).clamp(0, len(c.cuts)).long()
+    index = _number(flat, c).clamp(0, len(c.cuts)).long()
     slope, bias = x.new_tensor(c.slopes).index_select(0, index), x.new_tensor(c.biases).index_select(0, index)
     return (slope * flat + bias).reshape(x.shape)
+
+
+def number_sum(x: Tensor, c: Constants) -> Tensor:
+    """The number of the segment by the equal width; slope and bias are sums of maxima and minima of it."""
+    middle = len(c.slopes) // 2
+    below = torch.minimum(x, x.new_tensor(c.cuts[-1] + c.width / 2))
+    # From the middle, terms that cancel stay small.
+    number = torch.maximum(_number(below, c) - float(middle), x.new_tensor(float(-middle)))
+    bends = [torch.maximum(number, x.new_tensor(float(at))) for at in range(len(c.cuts) - middle)]
+    bends += [torch.minimum(number, x.new_tensor(float(-at))) for at in range(1, middle)]
+
+    def looked_up(values: list[float], steps: list[float]) -> Tensor:
+        right = [steps[at] - steps[at - 1] for at in range(middle, len(steps))]
+        left = [steps[at] - steps[at + 1] for at in range(middle - 2, -1, -1)]
+        offset = sum(at * bend for at, bend in enumerate(right)) - sum(at * bend for at, bend in enumerate(left, 1))
+        y = steps[middle - 1] * number + (values[middle] - offset)
+        for bend, value in zip([*right, *left], bends, strict=True):
+            y = y + bend * value
+        return y
+
+    return looked_up(c.slopes, c.slope_steps) * x + looked_up(c.biases, c.bias_steps)
+
+
+def _number(x: Tensor, c: Constants) -> Tensor:
+    """That of the segment, or less than 0 and more than k - 1; at a cut as exact as the multiplication is."""
+    return torch.ceil((x - c.cuts[0]) * (1 / c.width))
 
 
 def step_gemm(x: Tensor, c: Constants) -> Tensor:
@@ -128,7 +158,7 @@ class Form:
 
 FORMS: dict[str, Form] = {
     **{form.__name__: Form(form, "continuous") for form in (clip_sum, relu_sum, max_gemm)},
-    **{form.__name__: Form(form, "any") for form in (step_sum, where, gather, step_gemm, function)},
+    **{form.__name__: Form(form, "any") for form in (step_sum, number_sum, where, gather, step_gemm, function)},
 }
 
 

@@ -71,8 +71,8 @@ def test_form_equals_torch(form):
             expected = layer(x).detach().numpy()
             # Rounding may put a value at a cut into the other segment where an index is computed and not compared.
             near = (x[..., None] - layer.segments().cuts).abs().amin(-1).detach().numpy() < 1e-6
-            counted = ~near if form == "gather" else np.ones_like(near)
-            tolerance = np.maximum(np.abs(expected), 1) * 2e-6
+            counted = ~near if form in ("gather", "number_sum") else np.ones_like(near)
+            tolerance = np.maximum(np.abs(expected), 1) * (5e-6 if form == "number_sum" else 2e-6)
             for y in (in_torch.detach().numpy(), in_onnx):
                 assert y.shape == expected.shape
                 assert (np.abs(y - expected) <= tolerance)[counted].all()
@@ -110,7 +110,7 @@ def test_unknown_form():
         frozen(lma(3), "clip-sum")
     assert str(caught.value) == (
         'error: form = "clip-sum" is not a known ONNX form of LMA\n'
-        "       known: clip_sum, function, gather, max_gemm, relu_sum, step_gemm, step_sum, where"
+        "       known: clip_sum, function, gather, max_gemm, number_sum, relu_sum, step_gemm, step_sum, where"
         '   (closest: "clip_sum")\nfix:   use "clip_sum"'
     )
 
@@ -120,6 +120,6 @@ def test_form_for_continuous_segments_refuses_jumps():
         frozen(nn.Sequential(lma(3)), "max_gemm")
     assert str(caught.value) == (
         'error: form "max_gemm" cannot express the jumps of LMA layer "0"\n'
-        "       for any LMA: function, gather, step_gemm, step_sum, where\n"
+        "       for any LMA: function, gather, number_sum, step_gemm, step_sum, where\n"
         'fix:   use the form "step_gemm", or train LMA with continuous = true'
     )

@@ -30,7 +30,7 @@ class OpenVino(Backend):
     builds_on = "host"
     # Between 8-bit codes, clip_sum comes out wrong by a fifth of the largest logit; relu_sum, as fast, does not. With
     # zero point 128, as ONNX Runtime likes it, OpenVINO cannot compile residual networks: it gets symmetric int8.
-    forms: ClassVar = {"any": "step_sum", "continuous": "relu_sum"}
+    forms: ClassVar = {"any": "number_sum", "continuous": "relu_sum"}
     runner = Path(__file__).with_name("runner.py")
     device_packages = ("openvino",)
 
