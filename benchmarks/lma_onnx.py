@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,18 @@ def models(k: int, folder: Path) -> dict[str, Path]:
     return files
 
 
-def measure(backend: str, k: int, rounds: int) -> list[dict[str, Any]]:
-    """A row for every form."""
+def measure(k: int, backends: list[str], rounds: int) -> Iterator[dict[str, Any]]:
+    """A row for every form in every backend."""
     x = np.random.default_rng(0).standard_normal((1, CHANNELS, SIZE, SIZE)).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
-        runners = {name: runner(backend, file) for name, file in models(k, Path(folder)).items()}
-        ready = {name: made for name, made in runners.items() if made is not None}
-        seconds = [{name: turn(made, x) for name, made in ready.items()} for _ in range(rounds + 1)][1:]
-    rows = []
-    for name in FORMS:
-        ratios = [took[name] / took[RELU] for took in seconds] if name in ready else None
-        rows.append({"backend": backend, "k": k, "form": name, "over_relu": summary(ratios) if ratios else None})
-    return rows
+        files = models(k, Path(folder))
+        for backend in backends:
+            runners = {name: runner(backend, file) for name, file in files.items()}
+            ready = {name: made for name, made in runners.items() if made is not None}
+            seconds = [{name: turn(made, x) for name, made in ready.items()} for _ in range(rounds + 1)][1:]
+            for name in FORMS:
+                ratios = [took[name] / took[RELU] for took in seconds] if name in ready else None
+                yield {"backend": backend, "k": k, "form": name, "over_relu": summary(ratios) if ratios else None}
 
 
 def turn(made: Any, x: Any) -> float:
@@ -108,12 +109,11 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="write docs/results.md")
     asked = parser.parse_args()
     rows = []
-    for backend, k in itertools.product(asked.backends, asked.k):
-        for row in measure(backend, k, asked.rounds):
-            rows.append(row)
-            if not asked.json:
-                exact_for = FORMS[row["form"]].exact_for
-                print(f"{backend:12} k={k:<3} {row['form']:12} {exact_for:11} {cell(row)}", flush=True)
+    for row in itertools.chain.from_iterable(measure(k, asked.backends, asked.rounds) for k in asked.k):
+        rows.append(row)
+        if not asked.json:
+            of = f"{row['backend']:12} k={row['k']:<3} {row['form']:12} {FORMS[row['form']].exact_for:11}"
+            print(f"{of} {cell(row)}", flush=True)
     if asked.json:
         print(json.dumps({**vars(asked), "rows": rows}, indent=1))
     if asked.report:
