@@ -10,7 +10,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from results import table, write_section
+from results import spread_of, table, write_section
 
 from edgekd import pipeline, recipe, target
 from edgekd.artifact import Store
@@ -33,10 +33,7 @@ def main() -> None:
             print(f"seed {seed}:", ", ".join(f"{rung} {found[rung][-1]:.2f}" for rung in RUNGS), flush=True)
     params = {rung: made[rung].result["params"] for rung in RUNGS}
     changes = [student - teacher for student, teacher in zip(found["student"], found["teacher"], strict=True)]
-    rows = [
-        [RUNGS[rung], f"{params[rung]:,}", f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"]
-        for rung, values in found.items()
-    ]
+    rows = [[RUNGS[rung], f"{params[rung]:,}", spread_of(values)] for rung, values in found.items()]
     change = f"{statistics.mean(changes):+.2f} points ({min(changes):+.2f} to {max(changes):+.2f})"
     ratio = params["teacher"] / params["student"]
     text = f"Student against teacher, per seed: {change}, at 1/{ratio:.0f} of the parameters."

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from pathlib import Path
 
-from results import table, write_section
+from results import gain, spread_of, table, write_section
 
 from edgekd import pipeline, recipe, target
 from edgekd.artifact import Store
@@ -83,9 +82,7 @@ def report(given: argparse.Namespace, found: dict[str, list[float]], teacher: fl
     relu = found["ReLU"]
     rows = []
     for name, values in found.items():
-        gains = [value - base for value, base in zip(values, relu, strict=True)]
-        gain = "" if name == "ReLU" else f"{statistics.mean(gains):+.2f} ({min(gains):+.2f} to {max(gains):+.2f})"
-        rows.append([name, spread(values), gain, PAPER.get(name, "")])
+        rows.append([name, spread_of(values), "" if name == "ReLU" else gain(values, relu), PAPER.get(name, "")])
     return (
         f"Test accuracy in percent, mean ± standard deviation over {len(given.seeds)} seeds; data split and teacher are"
         f" the same for all. Teacher: the paper's, trained here, {teacher:.2f}. Budget: {given.images:,} training"
@@ -94,11 +91,6 @@ def report(given: argparse.Namespace, found: dict[str, list[float]], teacher: fl
         + table(["activation", "accuracy", "over ReLU, per seed (range)", "paper"], rows)
         + "\n\nMade by `benchmarks/lma_cifar10.py`."
     )
-
-
-def spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
 
 
 if __name__ == "__main__":

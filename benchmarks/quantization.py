@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from ptq import session, turn
-from results import spread, summary, table, write_section
+from results import gain, spread, spread_of, summary, table, write_section
 
 from edgekd import pipeline, recipe, registry, stages, target
 from edgekd.artifact import Artifact, Store
@@ -153,14 +152,14 @@ def report(rows: list[dict[str, Any]], given: argparse.Namespace) -> str:
                 continue
             name = f"{student}, {activation}"
             floats = [row["float"] for row in own if row["method"] == given.methods[0]]
-            lines.append([f"{name}, fp32", mean(floats), "", f"{own[0]['float_bytes'] / 1e3:.0f}", "1"])
+            lines.append([f"{name}, fp32", spread_of(floats), "", f"{own[0]['float_bytes'] / 1e3:.0f}", "1"])
             for method in given.methods:
                 runs = [row for row in own if row["method"] == method]
-                changes = [row["score"] - row["float"] for row in runs]
-                change = f"{statistics.mean(changes):+.2f} ({min(changes):+.2f} to {max(changes):+.2f})"
+                scores = [row["score"] for row in runs]
+                change = gain(scores, [row["float"] for row in runs])
                 ratio = spread(latency(runs[0]["artifacts"], given.rounds))
                 size = f"{runs[0]['bytes'] / 1e3:.0f}"
-                lines.append([f"{name}, {method}", mean([row["score"] for row in runs]), change, size, ratio])
+                lines.append([f"{name}, {method}", spread_of(scores), change, size, ratio])
     agreements = [row["agreement"] for row in rows if row["agreement"] is not None]
     in_float = sorted({f"{row['student']} {row['activation']}: {name}" for row in rows for name in row["still_float"]})
     settings = "; ".join(
@@ -180,11 +179,6 @@ def report(rows: list[dict[str, Any]], given: argparse.Namespace) -> str:
         f" computes in float in an INT8 model: {', '.join(in_float) or 'none'}."
         + "\n\nMade by `benchmarks/quantization.py`."
     )
-
-
-def mean(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,18 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table: the first column is text, the others are numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread_of(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation, `95.54 ± 0.28`; of one value `95.54 ± nan`."""
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def gain(values: Sequence[float], base: Sequence[float]) -> str:
+    """Differences within seeds, mean (range): `+0.74 (-0.28 to +1.39)`."""
+    changes = [value - other for value, other in zip(values, base, strict=True)]
+    return f"{statistics.mean(changes):+.2f} ({min(changes):+.2f} to {max(changes):+.2f})"
 
 
 def summary(ratios: list[float]) -> dict[str, float]:

@@ -61,6 +61,17 @@ def main(capsys):
         log.setLevel(logging.NOTSET)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Of torch's: networks are so small that a second one only waits."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def python_3_8() -> Path:
     """A real Python 3.8 with numpy and ONNX Runtime: the oldest that a board may have."""

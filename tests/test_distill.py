@@ -22,13 +22,7 @@ from edgekd.methods import Method, Setting, Step
 from edgekd.recipe import Augment
 from edgekd.training_log import METRICS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,7 @@ from edgekd.data import Dataset
 from edgekd.errors import StageError
 from edgekd.methods import Method, Setting, Step
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

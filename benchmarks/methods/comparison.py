@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits import BUDGET, STUDENT, TEACHER, TEACHER_BUDGET, accuracy, fit, gain, network
-from results import table, write_section
+from digits import BUDGET, STUDENT, TEACHER, TEACHER_BUDGET, accuracy, fit, network
+from results import gain, spread_of, table, write_section
 from torch import nn
 
 from edgekd import data, registry
@@ -74,11 +74,6 @@ class Rows:
             return f"`{row}` is {how} `{base}` in the mean ({change:+.2f} points)"
         how = "at least" if change >= margin else "not"
         return f"`{row}` against `{base}`: {change:+.2f} points in the mean, {how} the {margin:+g} that were expected"
-
-
-def spread_of(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation."""
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def compared(rows: Rows, bases: Sequence[str] = ("scratch", "kd"), **columns: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import table, write_section
+from results import gain, spread_of, table, write_section
 from torch import nn
 
 from edgekd import data, distill, networks, registry
@@ -121,7 +121,7 @@ def report(lines: list[dict[str, Any]]) -> str:
     rows = []
     for name, values in found.items():
         gains = ["" if name in ("teacher", base) else gain(values, found[base]) for base in ("scratch", "kd")]
-        rows.append([name, f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}", *gains])
+        rows.append([name, spread_of(values), *gains])
     kd = statistics.mean(found["kd"])
     below = [name for name, values in found.items() if name not in FIRST and statistics.mean(values) <= kd]
     text = f"Not above `kd` in the mean: {'; '.join(below)}."
@@ -136,11 +136,6 @@ def report(lines: list[dict[str, Any]]) -> str:
         " from attacked images alone, for an accuracy under attack that is not measured here.\n\n"
         "Made by `benchmarks/methods/digits.py`."
     )
-
-
-def gain(values: list[float], base: list[float]) -> str:
-    changes = [value - other for value, other in zip(values, base, strict=True)]
-    return f"{statistics.mean(changes):+.2f} ({min(changes):+.2f} to {max(changes):+.2f})"
 
 
 if __name__ == "__main__":

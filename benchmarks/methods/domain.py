@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from digits import STUDENT, TEACHER, TEACHER_BUDGET, fit, gain, network, train
-from results import table, write_section
+from digits import STUDENT, TEACHER, TEACHER_BUDGET, fit, network, train
+from results import gain, spread_of, table, write_section
 from torch import Tensor, nn
 
 from edgekd import data, distill
@@ -129,7 +129,7 @@ def report(lines: list[dict[str, Any]]) -> str:
     rows, base = [], [found["kd, source only", seed]["target"] for seed in seeds]
     for name in ("teacher, source only", *ROWS, IN_TURN):
         values = {key: [found[name, seed][key] for seed in seeds] for key in ("source", "target")}
-        shown = [f"{statistics.mean(one):.1f} ± {statistics.stdev(one):.1f}" for one in values.values()]
+        shown = [spread_of(one, 1) for one in values.values()]
         rows.append(
             [name, *shown, "" if name in ("teacher, source only", "kd, source only") else gain(values["target"], base)]
         )

@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime
 import torch
 from digits import BUDGET, EPOCHS, IMAGES, TEACHER, TEACHER_BUDGET, accuracy, network, train
-from results import spread, summary, table, write_section
+from results import spread, spread_of, summary, table, write_section
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -194,11 +194,11 @@ def accuracies(lines: list[dict[str, Any]]) -> str:
         found = [line for line in trained if line["row"] == name]
         scores = [[line[key] for line in found] for key in ("score", "robust")]
         sizes = [f"{statistics.mean(line[key] for line in found):,.0f}" for key in ("params", "macs")]
-        rows.append([name, *(f"{statistics.mean(one):.1f} ± {statistics.stdev(one):.1f}" for one in scores), *sizes])
+        rows.append([name, *(spread_of(one, 1) for one in scores), *sizes])
     said = []
     for kind in ("components", "channels"):
         scores_after = [line["unhealed"] for line in lines if line["row"] == f"unhealed, {kind}"]
-        said.append(f"{kind} {statistics.mean(scores_after):.1f} ± {statistics.stdev(scores_after):.1f}")
+        said.append(f"{kind} {spread_of(scores_after, 1)}")
     return (
         f"Test accuracy in percent, mean ± standard deviation over {len(seeds)} seeds. Students are ResNet-8 of half"
         f" the width, or a quarter where the row says half, trained for {EPOCHS} epochs on {IMAGES} images by a"

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparison import spread_of
-from digits import AUGMENT, EPOCHS, IMAGES, STUDENT, TEACHER, gain, network, train
-from results import table, write_section
+from digits import AUGMENT, EPOCHS, IMAGES, STUDENT, TEACHER, network, train
+from results import gain, spread_of, table, write_section
 from torch import nn
 
 from edgekd import data, distill, registry
