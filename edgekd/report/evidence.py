@@ -21,9 +21,10 @@ def engines(artifacts: Artifacts) -> dict[str, CompiledEngine]:
     for subject in ("student", "teacher"):
         if f"build-{subject}" in artifacts:
             found[subject] = _built(artifacts[f"build-{subject}"].result, artifacts[f"engine-{subject}"].result)
-            found[subject].facts.update(_parts(artifacts, subject))
         elif f"engine-{subject}" in artifacts:
             found[subject] = _compiled(artifacts[f"engine-{subject}"].result)
+        if subject in found:
+            found[subject].facts.update(_parts(artifacts, subject))
     return found
 
 
@@ -99,7 +100,7 @@ def _built(result: Mapping[str, Any], engine: Mapping[str, Any]) -> CompiledEngi
 
 
 def _parts(artifacts: Artifacts, subject: str) -> dict[str, str]:
-    """What of an inference is copying, by the device's own clock, where its runner tells the parts apart."""
+    """What of an inference is copying, where the runner tells the parts apart."""
     measured = artifacts["bench"].result["engines"].get(subject, {}) if "bench" in artifacts else {}
     parts = measured.get("parts_ms", {})
     return {f"{name.replace('_', ' ')}, median": milliseconds(parts[name]) for name in PARTS if name in parts}

@@ -114,8 +114,6 @@ def quantity(name: str, value: float) -> str:
         return f"{number(value / divisor)} {sign}Hz"
     if name == "speedup":
         return times(value)
-    if name.endswith("_drop"):
-        return points(value).removeprefix("+")
     if not unit and any(word in name for word in RATIOS) and -1 <= value <= 1:
         return percent(value).replace("-", MINUS)
     if float(value).is_integer() and not unit:

@@ -60,7 +60,8 @@ def test_values_without_points_are_told_with_their_unit():
     assert MAE.span((1.0, 2.0)) == "1.00 to 2.00" and DICE.span((0.5, 0.75)) == "50.00 to 75.00%"
     assert DICE.change(-0.004) == "−0.40 points" and Metric().noun == "accuracy"
     assert (MAE.change(-1.4e-7), MAE.bare(1.4e-7)) == ("0 years", "0")  # rounding
-    assert (MAE.loss(1.0), MAE.loss(-1.16), DICE.loss(0.05)) == ("1.00 years", "−1.16 years", "5.00 points")
+    assert (MAE.loss(1.0), MAE.loss(-1.16)) == ("1.00 years", "−1.16 years")
+    assert (DICE.loss(0.05), DICE.loss(-0.003)) == ("5.00 points", "−0.30 points")
 
 
 def test_a_budget_of_accuracy_is_in_the_unit_of_the_metric():

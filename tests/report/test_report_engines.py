@@ -141,6 +141,16 @@ def test_what_the_board_built_is_claimed_as_built_there():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("built", [{}, {"build-student": BUILD}], ids=["compiled here", "built there"])
+def test_what_of_an_inference_is_copying_is_told(built):
+    parts = {"copy_in": 0.1, "compute": 0.42, "copy_out": 0.05}
+    bench = {"engines": {"student": {"parts_ms": parts}, "teacher": {}}}
+    made = {name: artifact(**result) for name, result in {"engine-student": ENGINE, "bench": bench, **built}.items()}
+    facts = evidence.engines(made)["student"].facts
+    told = {name: facts[f"{name}, median"] for name in ("copy in", "compute", "copy out")}
+    assert told == {"copy in": "0.100 ms", "compute": "0.420 ms", "copy out": "0.0500 ms"}
+
+
 def test_a_measurement_is_claimed_as_measured_on_the_device(done):
     from edgekd.artifact import Store
 

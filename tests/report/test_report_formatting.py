@@ -49,8 +49,6 @@ def test_number(function, value, text):
         ("soc_temperature_c", 56.54, "56.5 °C"),
         ("speedup", 3, "3.00x"),
         ("foreign_cpu_share", 0.0312, "3.12%"),
-        ("accuracy_drop", 0.01, "1.00 points"),
-        ("accuracy_drop", -0.003, "−0.30 points"),
         ("top1", 0.9, "90.00%"),
         ("params", 272_474, "272,474"),
     ],
