@@ -45,7 +45,7 @@ def compile_file(model: Path, target: Target, choice: Choice, store: Store, on_p
     backend: Backend = registry.create("backend", choice.name, options=choice.options)
     backend.require()
     spec = {"backend": choice.name, "options": choice.options, "threads": target.threads}
-    key = key_of(STAGE, 2, spec, {"onnx": sha256_of(model)})
+    key = key_of(STAGE, 3, spec, {"onnx": sha256_of(model)})
     with store.locked(key, on_wait=lambda: _log.warning("another run is compiling the same; waiting")):
         found = store.find(STAGE, key)
         if found is not None:

@@ -333,6 +333,13 @@ def checked_choice(value: str | dict[str, Any], kind: str, where: str) -> dict[s
             fix=f"name one, see: edgekd list {kind}s",
             key=where,
         )
+    if isinstance(value, dict) and not isinstance(next(iter(value.values())) or {}, dict):
+        raise RecipeError(
+            f"{where} = {shown(value)} is not valid",
+            allowed="expected: NAME, or {NAME: {option: value}}",
+            fix=f"name its option, see: edgekd list {kind}s",
+            key=where,
+        )
     name, options = choice_from_yaml(value)
     return {name: registry.entry(kind, name, where).validate(options, f"{where}.{name}")}
 

@@ -179,8 +179,8 @@ TABLE: tuple[Stage, ...] = (
     Stage(
         "quantize", stages.quantize, _quantize, ("teacher", "student", "onnx-student", "finetune"), wanted=_quantizes
     ),
-    Stage("engine-teacher", partial(stages.engine, "teacher"), _engine, ("onnx-teacher",), version=2),
-    Stage("engine-student", partial(stages.engine, "student"), _engine, ("onnx-student", "quantize"), version=2),
+    Stage("engine-teacher", partial(stages.engine, "teacher"), _engine, ("onnx-teacher",), version=3),
+    Stage("engine-student", partial(stages.engine, "student"), _engine, ("onnx-student", "quantize"), version=3),
     # Whether what was built before still fits is for the board to say: it is asked in every run.
     *(
         Stage(

@@ -91,10 +91,12 @@ def with_backend(target: Target, text: str) -> Target:
 
     Raises RecipeError for a backend or an option that does not exist.
     """
-    backend = value_from_yaml(text, "--backend") if text.startswith("{") else text
-    if isinstance(backend, str) or len(backend) == 1:
-        name, options = choice_from_yaml(backend)
-        backend = {name: {**dict(target.choices).get(name, {}), **options}}
+    own = dict(target.choices)
+    backend = value_from_yaml(text, "--backend") if text.startswith("{") else {text: {}}
+    backend = {
+        name: {**own.get(name, {}), **(options or {})} if isinstance(options or {}, dict) else options
+        for name, options in backend.items()
+    }
     return _on_its_board(target, [checked_choice(backend, "backend", "--backend")])
 
 

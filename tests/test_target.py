@@ -165,6 +165,16 @@ def test_a_gpu_that_the_board_has_not_got(name, gpu, lines):
     assert str(caught.value).splitlines() == lines
 
 
+def test_a_backend_whose_options_are_none():
+    with pytest.raises(RecipeError) as caught:
+        target.with_backend(target.load("local"), "{tvm: quick}")
+    assert str(caught.value).splitlines() == [
+        'error: --backend = {"tvm": "quick"} is not valid',
+        "       expected: NAME, or {NAME: {option: value}}",
+        "fix:   name its option, see: edgekd list backends",
+    ]
+
+
 def test_a_gpu_of_ones_own_machine_is_named():
     (chosen,) = target.with_backend(target.load("local"), "{tvm: {gpu: sm_90}}").choices
     assert chosen.options["gpu"] == "sm_90"

@@ -42,7 +42,8 @@ def main() -> None:
     try:
         found = {"facts": load_runner(Engine("opened", Path(folder), Path(runner), "opened")).facts}
     except Exception as error:  # runtimes have no common error; what it is called is told
-        found = {"error": str(error), "kind": type(error).__name__, "known": getattr(error, "known", [])}
+        kind = type(error).__name__
+        found = {"error": str(error).strip() or kind, "kind": kind, "known": getattr(error, "known", [])}
     Path(result).write_text(json.dumps(found), encoding="utf-8")
 
 

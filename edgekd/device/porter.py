@@ -30,7 +30,7 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 CHUNK_BYTES = 1 << 18
 STALE_JOB_S = 3600  # a job folder that nobody works in is kept so long for a benchmark to go on in
@@ -44,7 +44,7 @@ ALLOWED_SIGNERS = ("/etc/edgekd/allowed_signers", "~/.edgekd/allowed_signers")
 NAMESPACE = "edgekd"  # a signature for another purpose is not taken
 SIGNED_BY = "EDGEKD_SIGNED_BY"  # the variable that tells what runs who has signed it
 UNSIGNED = 77  # the exit status of what may not be run
-SSH_KEYGEN_TIMEOUT_S = 60.0
+KEYGEN_TIMEOUT_S = 60.0
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 
 
@@ -287,7 +287,7 @@ def signer_of(manifest: str) -> str:
     """
     signature = manifest + ".sig"
     places = [os.path.expanduser(place) for place in ALLOWED_SIGNERS]
-    lists = [place for place in places if os.path.exists(place)]
+    lists = [place for place in places if not _is_absent(place)]
     if not lists:
         if os.path.exists(signature):
             _refuse("is signed, and nobody would check it: there is no " + " or ".join(places))
@@ -307,8 +307,17 @@ def signer_of(manifest: str) -> str:
     return names[0]
 
 
-def _refuse(why: str) -> None:
-    raise RefusedError("unsigned", "the bundle " + why)
+def _is_absent(path: str) -> bool:
+    """Not what leads nowhere, or is closed to us."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return isinstance(error, (FileNotFoundError, NotADirectoryError))
+    return False
+
+
+def _refuse(why: str) -> NoReturn:
+    raise RefusedError("unsigned", "the bundle " + why) from None
 
 
 def _ssh_keygen(what: list[str], manifest: str) -> str:
@@ -316,26 +325,21 @@ def _ssh_keygen(what: list[str], manifest: str) -> str:
     try:
         with open(manifest, "rb") as content:
             done = subprocess.run(
-                ["ssh-keygen", "-Y", *what], stdin=content, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                timeout=SSH_KEYGEN_TIMEOUT_S, check=False,
-            )  # fmt: skip
-    except OSError as error:
-        raise RefusedError(
-            "unsigned", f"the bundle must be signed, and ssh-keygen cannot check that: {error.strerror}"
-        ) from None
+                ["ssh-keygen", "-Y", *what], stdin=content, capture_output=True, timeout=KEYGEN_TIMEOUT_S, check=False
+            )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        _refuse(f"must be signed, and ssh-keygen cannot check that: {getattr(error, 'strerror', 'it takes too long')}")
     return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else ""
 
 
 def _sha256(path: str) -> str:
     """Of a file; empty when it cannot be read."""
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
-                digest.update(chunk)
-    except OSError:
-        return ""
-    return digest.hexdigest()
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
+            digest.update(chunk)
+        return digest.hexdigest()
+    return ""
 
 
 # ---------------------------------------------------------------- commands

@@ -47,7 +47,9 @@ def code_sha256(job: Job) -> str:
         job.backend.runner,
         *job.backend.libraries(),
     ]
-    return key_of("code", 0, {}, {file.name: sha256_of(file) for file in sorted(files) if file.is_file()})
+    return key_of(
+        "code", 0, {}, {f"{file.parent.name}/{file.name}": sha256_of(file) for file in files if file.is_file()}
+    )
 
 
 def _models(inputs: Inputs) -> dict[str, Path]:

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 pytest.importorskip("openvino", reason="OpenVINO is an extra: pip install 'edgekd[openvino]'")
 
@@ -115,6 +116,27 @@ def test_joined_codes_are_computed_right(tmp_path, shape):
     assert sum(number for kernel, number in facts["kernels"].items() if "Convolution" in kernel) == layers
 
 
+def test_who_reads_joined_values_as_they_are_gets_them_all():
+    """Below the smallest code too, which is -2 here."""
+    pair = ["scale", "zero"]
+    nodes = [
+        helper.make_node("Concat", ["x", "x"], ["joined"], axis=1),
+        helper.make_node("QuantizeLinear", ["joined", *pair], ["codes"]),
+        helper.make_node("DequantizeLinear", ["codes", *pair], ["rounded"]),
+        helper.make_node("Add", ["joined", "rounded"], ["logits"]),
+    ]
+    constants = {"scale": np.float32(2 / 128), "zero": np.int8(0)}
+    sizes = {"x": 2, "logits": 4}
+    values = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", size]) for name, size in sizes.items())
+    graph = helper.make_graph(
+        nodes, "joined", *([value] for value in values),
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    x = np.array([[-5, 1]], np.float32)
+    np.testing.assert_array_equal(sessions.logits(kept_apart(model), x), sessions.logits(model, x))
+
+
 def test_a_device_that_is_not_here_is_missing(make_onnx, tmp_path):
     backend = create(device="NPU")
     if any(name.startswith("NPU") for name in __import__("openvino").Core().available_devices):
@@ -152,6 +174,14 @@ def test_a_crash_of_its_compiler_is_an_error_with_its_last_lines(make_onnx, tmp_
         f"       all of them: {backend.log}",
         "fix:   export the model in another form, or use another backend",
     ]
+
+
+def test_an_error_without_words_is_called_by_its_kind(make_onnx, tmp_path, monkeypatch):
+    speechless = tmp_path / "runner.py"
+    speechless.write_text("def load(folder):\n    raise MemoryError\n")
+    backend = create()
+    monkeypatch.setattr(backend, "runner", speechless, raising=False)
+    assert backend.check(make_onnx()) == ["openvino cannot compile tiny.onnx: MemoryError"]
 
 
 def test_nothing_reports_to_anybody(make_onnx, tmp_path):

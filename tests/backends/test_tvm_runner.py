@@ -68,6 +68,15 @@ def test_what_the_runtime_complains_of_is_said(engine):
         runner.load(str(engine)).run(np.ones((1, 3, 8, 8), np.float32))
 
 
+def test_after_a_shape_that_fails_it_goes_on(engine):
+    opened, x = runner.load(str(engine)), np.ones((1, 3, 6, 6), np.float32)
+    expected = opened.run(x)
+    with pytest.raises(runner.EngineError):
+        opened.run(np.ones((1, 3, 8, 8), np.float32))
+    assert opened._feed is None
+    np.testing.assert_array_equal(opened.run(x), expected)
+
+
 def test_inferences_leave_no_memory_behind(engine):
     opened, x = runner.load(str(engine)), np.ones((64, 3, 6, 6), np.float32)
 

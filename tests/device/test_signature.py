@@ -117,6 +117,12 @@ def test_the_owners_list_wins_over_the_users(bundle, keys):
     assert refused(bundle) == "the bundle is signed by nobody whom /etc/allowed_signers allows"
 
 
+def test_a_list_that_leads_nowhere_asks_for_a_signature_too(bundle):
+    (bundle.parent / "etc/allowed_signers").unlink()
+    (bundle.parent / "etc/allowed_signers").symlink_to(bundle.parent / "unmounted")
+    assert refused(bundle) == "the bundle is not signed, and /etc/allowed_signers asks for a signature"
+
+
 def test_no_list_and_no_signature(bundle):
     (bundle.parent / "etc/allowed_signers").unlink()
     assert porter.signer_of(str(bundle)) == ""

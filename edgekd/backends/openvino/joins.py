@@ -38,7 +38,7 @@ def kept_apart(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _joins(graph: Graph) -> Iterator[tuple[str, float]]:
-    """What each such Concat makes, and the smallest value of which its rounding knows, if it is rounded."""
+    """What each such Concat makes, and the smallest value of which its rounding knows, if it is only rounded."""
     for node in graph.model.graph.node:
         made = node.output[0]
         if node.op_type != "Concat" or made in graph.outputs:
@@ -46,7 +46,8 @@ def _joins(graph: Graph) -> Iterator[tuple[str, float]]:
         rounded = [user for user in graph.users[made] if user.op_type == "QuantizeLinear"]
         makers = [graph.makers.get(name) for name in node.input]
         if rounded:
-            yield made, min(_smallest(user, graph) for user in rounded)
+            only = len(rounded) == len(graph.users[made])  # who reads it as it is needs what is below the codes too
+            yield made, min(_smallest(user, graph) for user in rounded) if only else LOWEST
         elif any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers):
             yield made, LOWEST
 

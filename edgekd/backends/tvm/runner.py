@@ -354,6 +354,7 @@ class Runner:
         feed = self._feed
         if feed is None or feed.images.shape != x.shape:
             if feed is not None:
+                self._feed = None  # or it would stay, closed, where no other one can be made
                 feed.close()
             feed = self._feed = _Feed(self._runtime, self._main, x.shape, self._gpu)
         feed.images[...] = x
