@@ -30,7 +30,7 @@ from edgekd.methods import Method, Setting, Step
 from edgekd.methods.attacks import evaluating
 from edgekd.methods.divergence import divergence
 from edgekd.methods.kd import KD
-from edgekd.methods.options import above_zero, at_least_zero
+from edgekd.methods.options import above_zero, from_zero_to_one
 from edgekd.networks.factoring import can_be_factored, cheapest, map_areas
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
@@ -67,7 +67,7 @@ class DecorrelatedPrune(Method):
         super().__init__()
         self.macs, self.ready, self.kd_weight, self.temperature = macs, prune_at, kd_weight, temperature
         above_zero("temperature", temperature, 4)
-        at_least_zero("kd_weight", kd_weight, 0.7)
+        from_zero_to_one("kd_weight", kd_weight, 0.7)
         for name, share in (("macs", macs), ("prune_at", prune_at)):
             if not 0 < share < 1:
                 raise RecipeError(

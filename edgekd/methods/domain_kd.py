@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from edgekd.methods import Method, Setting, Step
 from edgekd.methods.divergence import divergence
 from edgekd.methods.features import pooled
-from edgekd.methods.options import above_zero, at_least_zero
+from edgekd.methods.options import above_zero, at_least_zero, from_zero_to_one
 from edgekd.methods.taps import Taps, default_taps
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
@@ -61,8 +61,9 @@ class DomainKD(Method):
         self.beta, self.alpha, self.temperature = beta, alpha, temperature
         self.teacher_lr, self.paths = teacher_lr, teacher_taps
         above_zero("temperature", temperature, 20)
-        for name, option in (("beta", beta), ("alpha", alpha), ("teacher_lr", teacher_lr)):
-            at_least_zero(name, option, 0.3)
+        from_zero_to_one("beta", beta, 0.3)
+        from_zero_to_one("alpha", alpha, 0.3)
+        at_least_zero("teacher_lr", teacher_lr, 0.001)
         self._optimizer: torch.optim.Optimizer | None = None
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:

@@ -18,6 +18,12 @@ def at_least_zero(name: str, option: float | Schedule, example: float) -> None:
         raise _outside(name, option, "at least 0", example)
 
 
+def from_zero_to_one(name: str, option: float | Schedule, example: float) -> None:
+    """Raise RecipeError, with `example` as the fix, unless the option leaves a weight of at least 0 to the rest."""
+    if min(values_of(option)) < 0 or max(values_of(option)) > 1:
+        raise _outside(name, option, "from 0 to 1", example)
+
+
 def a_share(name: str, option: float | Schedule, example: float) -> None:
     """Raise RecipeError, with `example` as the fix, unless the option stays from 0 to below 1."""
     if min(values_of(option)) < 0 or max(values_of(option)) >= 1:

@@ -30,7 +30,7 @@ from edgekd.methods import Method, Setting, Step
 from edgekd.methods.attacks import Ball, evaluating, pgd
 from edgekd.methods.divergence import divergence
 from edgekd.methods.kd import KD
-from edgekd.methods.options import a_share, above_zero, at_least_zero
+from edgekd.methods.options import a_share, above_zero, at_least_zero, from_zero_to_one
 from edgekd.methods.pruning import ChannelGroups, Prunable, SingleWeights
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
@@ -66,8 +66,9 @@ class RobustPrune(Method):
         self.epsilon, self.step_size, self.steps = epsilon, step_size, steps
         above_zero("temperature", temperature, 4)
         above_zero("step_size", step_size, 2)
-        for name, option in (("penalty", penalty), ("epsilon", epsilon), ("steps", steps), ("kd_weight", kd_weight)):
+        for name, option in (("penalty", penalty), ("epsilon", epsilon), ("steps", steps)):
             at_least_zero(name, option, 1)
+        from_zero_to_one("kd_weight", kd_weight, 0.7)
         a_share("sparsity", 0 if sparsity is None else sparsity, 0.5)
         a_share("debias", debias, 0.5)
         self.mean: Tensor

@@ -32,7 +32,7 @@ from edgekd.errors import RecipeError
 from edgekd.methods import Method, Setting, Step
 from edgekd.methods.divergence import divergence
 from edgekd.methods.features import pooled
-from edgekd.methods.options import a_share, above_zero, at_least_zero
+from edgekd.methods.options import a_share, above_zero, at_least_zero, from_zero_to_one
 from edgekd.methods.partition import Floats, Indices, coactivations, correlations, louvain_groups, spectral_groups
 from edgekd.methods.taps import Taps, default_taps
 from edgekd.networks import Spread
@@ -73,7 +73,7 @@ class SpreadOverBoards(Method):
         self.feature_weight, self.silent, self.paths = feature_weight, silent, teacher_taps
         self.partition = partition
         above_zero("temperature", temperature, 4)
-        at_least_zero("kd_weight", kd_weight, 0.9)
+        from_zero_to_one("kd_weight", kd_weight, 0.9)
         at_least_zero("feature_weight", feature_weight, 1)
         a_share("silent", silent, 0.25)
         self._student: tuple[Spread, ...] = ()  # in a tuple: it stays the loop's
