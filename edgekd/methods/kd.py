@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from edgekd.errors import RecipeError, shown
 from edgekd.methods import Method, Setting, Step
 from edgekd.methods.divergence import divergences, from_teacher, softening
-from edgekd.methods.options import above_zero
+from edgekd.methods.options import above_zero, from_zero_to_one
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at, values_of
 
@@ -65,6 +65,7 @@ class KD(Method):
         self.selective, self.confidence = selective, confidence
         if temperature is not None:
             above_zero("temperature", temperature, 4)
+        from_zero_to_one("confidence", confidence, 0.5)
         weights = values_of(kd_weight)
         others = [1 - weight for weight in weights] if ce_weight is None else values_of(ce_weight)
         if min(*weights, *others) < 0:

@@ -19,7 +19,7 @@ def at_least_zero(name: str, option: float | Schedule, example: float) -> None:
 
 
 def from_zero_to_one(name: str, option: float | Schedule, example: float) -> None:
-    """Raise RecipeError, with `example` as the fix, unless the option leaves a weight of at least 0 to the rest."""
+    """Raise RecipeError, with `example` as the fix, unless the option stays from 0 to 1, both allowed."""
     if min(values_of(option)) < 0 or max(values_of(option)) > 1:
         raise _outside(name, option, "from 0 to 1", example)
 

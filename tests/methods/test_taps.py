@@ -297,6 +297,7 @@ def test_stages_and_combinations_that_make_no_sense(digits, tmp_path):
         ("fitnet", "weight", -1.0, "at least 0", 1),
         ("scratch", "label_smoothing", {"linear": [0.1, 1.5]}, "a share, at least 0 and below 1", 0.1),
         ("crd", "momentum", 1.0, "a share, at least 0 and below 1", 0.5),
+        ("kd", "confidence", 50.0, "from 0 to 1", 0.5),
         ("spread", "kd_weight", 1.5, "from 0 to 1", 0.9),
         ("robust_prune", "kd_weight", {"linear": [0.5, 1.5]}, "from 0 to 1", 0.7),
         ("decorrelated_prune", "kd_weight", 1.5, "from 0 to 1", 0.7),
