@@ -75,10 +75,11 @@ def run(seed: int, only: list[str] | None) -> None:
 
 
 def _needs_more(name: str) -> bool:
-    """Options, data of another domain, or a student of its own (see sources.py)."""
+    """Options, another task, data of another domain, or a student of its own (see tasks.py, domain.py, boards.py)."""
     entry = registry.entry("method", name)
-    required = any(option.required for option in entry.options.values())
-    return required or entry.load().needs_target or name == "spread"
+    required, made = any(option.required for option in entry.options.values()), entry.load()
+    other = made.tasks is not None and "classification" not in made.tasks
+    return required or other or made.needs_target or name == "spread"
 
 
 def network(options: dict[str, Any], dataset: Dataset, seed: int, name: str = "resnet") -> nn.Module:
