@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from edgekd.backends import Engine
 from edgekd.bench import end_to_end
-from edgekd.bench.arrays import array_from, quality_from_logits, table_from_latencies
+from edgekd.bench.arrays import array_from, quality_from_logits, table_from_latencies, understood
 from edgekd.bench.deployment import ATTEMPTS, Progress, bundle, measured_on
 from edgekd.bench.end_to_end import Pictures
 from edgekd.bench.latencies import rounds
@@ -68,12 +68,13 @@ def benchmark(
             fix="measure again: edgekd bench",
         )
     quality = {name: quality_from_logits(workdir / f"{name}_logits.npy", judge, name) for name in engines}
-    return summarize(measured, tables, quality, mode) | {
-        "end_to_end": end_to_end.findings(measured, workdir) if pictures else None,
-        "settings": settings,
-        "argv": measured["argv"],
-        "url": device.url,
-    }
+    with understood(device.url):
+        return summarize(measured, tables, quality, mode) | {
+            "end_to_end": end_to_end.findings(measured, workdir) if pictures else None,
+            "settings": settings,
+            "argv": measured["argv"],
+            "url": device.url,
+        }
 
 
 def measure_alone(
@@ -110,15 +111,16 @@ def measure_alone(
             allowed=f"expected: finite numbers {[len(samples), *answer]}",
             fix="check the precision, and see whether the engine runs by itself",
         )
-    reasons = invalid_because(measured, {engine.name: table}, mode)
-    launched = measured["models"][engine.name]
-    return {
-        "status": "INVALID" if reasons else "VALID",
-        "reasons": reasons,
-        "latency": {engine.name: latency(mode.headline(table), launched, engine.name)},
-        "device": measured["device"],
-        "engines": {engine.name: launched[0]["facts"]},
-    }, answers
+    with understood(device.url):
+        reasons = invalid_because(measured, {engine.name: table}, mode)
+        launched = measured["models"][engine.name]
+        return {
+            "status": "INVALID" if reasons else "VALID",
+            "reasons": reasons,
+            "latency": {engine.name: latency(mode.headline(table), launched, engine.name)},
+            "device": measured["device"],
+            "engines": {engine.name: launched[0]["facts"]},
+        }, answers
 
 
 def _timeout(launches: int, mode: Mode, samples: npt.NDArray[np.float32]) -> float:

@@ -1,7 +1,9 @@
-"""What a device sent back, as arrays: checked before anything is made of it."""
+"""What a device sent back, as arrays: checked before anything is made of it, or while it is."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,4 +51,17 @@ def array_from(path: Path) -> npt.NDArray[Any]:
     except (ValueError, OSError, EOFError) as error:
         raise StageError(
             f"{path.name} from the device is no array: {error}", allowed="expected: a .npy file", fix="measure again"
+        ) from error
+
+
+@contextmanager
+def understood(url: str) -> Iterator[None]:
+    """Around what is made of an agent's result.json. Raises StageError when that is not what an agent writes."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise StageError(
+            f'what the agent on "{url}" wrote is not understood: {type(error).__name__}: {error}',
+            allowed="expected: its result.json, as it was written",
+            fix="measure again: edgekd bench",
         ) from error

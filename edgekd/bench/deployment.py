@@ -117,14 +117,26 @@ def _fetch(job: Job, engines: Mapping[str, Engine], kinds: Iterable[str], workdi
     for name in engines:
         for file in (f"{name}_{kind}.npy" for kind in kinds):
             job.get(file, workdir / file, limit_bytes=MAX_NPY_BYTES)
-    return parsed((workdir / "result.json").read_text(encoding="utf-8"), "the agent's result.json")
+    result = parsed((workdir / "result.json").read_text(encoding="utf-8", errors="replace"), "the agent's result.json")
+    if not isinstance(result.get("models"), dict) or set(result["models"]) != set(engines):
+        raise StageError(
+            f'benchmark on "{job.device.url}": its result is not of {" and ".join(engines)}',
+            allowed="each is timed, and nothing else",
+            fix="measure again: edgekd bench",
+        )
+    return result
 
 
 def _progress_line(on_progress: Progress | None) -> Callable[[str], None]:
     def on_line(line: str) -> None:
         report = _said(line, "progress")
-        if on_progress and report:
-            on_progress(float(report["progress"]), float(report["left_s"]), str(report["stage"]))
+        if not on_progress or not report:
+            return
+        try:
+            told = float(report["progress"]), float(report["left_s"]), str(report["stage"])
+        except (LookupError, TypeError, ValueError):  # not the agent's after all
+            return
+        on_progress(*told)
 
     return on_line
 

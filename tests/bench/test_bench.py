@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from bench_parts import CORRECT, LAUNCHES, QUERIES, ROUNDS, measured, table, tables
 
-from edgekd.bench.arrays import quality_from_logits, table_from_latencies
+from edgekd.bench.arrays import quality_from_logits, table_from_latencies, understood
+from edgekd.bench.deployment import _fetch, _progress_line
 from edgekd.bench.latencies import speedups
 from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.bench.summary import summarize
 from edgekd.bench.validity import invalid_because
+from edgekd.device import Device
 from edgekd.errors import RecipeError, StageError
 from edgekd.tasks import Judge
 from edgekd.tasks.classification import Classification
@@ -33,6 +35,40 @@ def test_a_quiet_run_is_valid_and_says_how_much_faster():
     assert low < 3.0 < high < 1.01 * low
     assert len(result["speedup_by_launch"]) == LAUNCHES
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "broken", [{"models": {"student": []}}, {"telemetry": 5}, {"device": None}, {"telemetry": [{}]}]
+)
+def test_what_no_agent_writes_is_said(broken):
+    with pytest.raises(StageError) as caught, understood("ssh://board"):
+        summarize(measured() | broken, tables(), CORRECT, SINGLE)
+    assert caught.value.what.startswith('what the agent on "ssh://board" wrote is not understood: ')
+    assert (caught.value.allowed, caught.value.fix) == (
+        "expected: its result.json, as it was written", "measure again: edgekd bench",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("models", [{}, {"../student": []}, ["student"]])
+def test_a_result_of_other_models_is_none(tmp_path, models):
+    (tmp_path / "theirs.json").write_text(json.dumps({"models": models}))
+    with Device("local:", tmp_path).job() as job, pytest.raises(StageError) as caught:
+        job.put({"result.json": tmp_path / "theirs.json"})
+        _fetch(job, {"student": None}, (), tmp_path)
+    assert str(caught.value).splitlines() == [
+        'error: benchmark on "local:": its result is not of student',
+        "       each is timed, and nothing else",
+        "fix:   measure again: edgekd bench",
+    ]
+
+
+def test_progress_is_told_by_the_agents_own_lines_alone():
+    told = []
+    on_line = _progress_line(lambda *progress: told.append(progress))
+    for line in ('{"progress": 0.5, "left_s": 3, "stage": "load"}', '{"progress": 1}', '{"progress"', "a warning",
+                 '{"progress": [], "left_s": 3, "stage": "load"}'):  # fmt: skip
+        on_line(line)
+    assert told == [(0.5, 3.0, "load")]
 
 
 def test_the_latency_figures_are_those_of_the_table():
