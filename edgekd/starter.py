@@ -50,7 +50,7 @@ student:
 distill:
   method: kd                  # see: edgekd list methods
   kd_weight: 0.7              # the rest, 0.3, is the labels' cross-entropy
-  temperature: 4.0
+  # temperature: 4            # softens the answers; by default 4 for classes, 1 for pixels
   scratch: true               # also train the student without the teacher, to see what the teacher gives
   train:
     epochs: 60

@@ -89,7 +89,7 @@ class _Steps:
 
 def _show(made: Mapping[str, Any], built: Mapping[str, Any] | None, terminal: Terminal) -> None:
     """What was compiled, by whom, and in which precision each layer runs. Only what exists has a size."""
-    from edgekd.report.evidence import kernels_of, told_by_compiler
+    from edgekd.report.evidence import alarms_of, kernels_of, told_by_compiler
 
     if built is not None:
         identity = built["identity"]
@@ -105,7 +105,7 @@ def _show(made: Mapping[str, Any], built: Mapping[str, Any] | None, terminal: Te
     terminal.say(f"{made['backend']}{version}, {size}; {found['evidence']}")
     for what, said in told_by_compiler(facts).items():
         terminal.say(f"{what}: {said}")
-    for alarm in (built or made["compiled"] or {}).get("alarms", ()):
+    for alarm in built["alarms"] if built else alarms_of(made):
         terminal.say(f"alarm: {alarm}")
     for row in made["findings"]:
         terminal.say(f"slow: {row['node']}: {row['reason']}; {row['fix']}")

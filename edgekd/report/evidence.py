@@ -38,7 +38,7 @@ def _compiled(result: Mapping[str, Any]) -> CompiledEngine:
         size_bytes=result.get("size_bytes"),
         kernels=compiled.get("kernels", kernels_of(facts)),
         layers=compiled.get("layers", []),
-        alarms=[*compiled.get("alarms", []), *_unscheduled(facts)],
+        alarms=alarms_of(result),
         findings=_findings(result),
         facts=told_by_compiler(facts),
     )
@@ -52,7 +52,7 @@ def told_by_compiler(facts: Mapping[str, Any]) -> dict[str, str]:
         cost = "by rule, not measured" if ratio is None else f"chosen by measuring, {ratio:.2f} of a ReLU's loop"
         told[f"LMA of {lma['segments']} segments"] = f"{lma['form']}: {cost}"
     if ratio := facts.get("lma_table_ratio"):
-        kept = f"{len(facts['lma_tables'])} layers" if facts["lma_tables"] else "none"
+        kept = f"{len(facts['lma_tables'])} of the layers" if facts["lma_tables"] else "none"
         told["LMA as tables"] = f"{kept}; with them {_range(ratio)} of the time without"
     if tuning := facts.get("tuning"):
         searched = f"{tuning['trials']} trials of {tuning['tasks']} kernels, {tuning['known']} known before"
@@ -71,9 +71,11 @@ def kernels_of(facts: Mapping[str, Any]) -> int | None:
     return sum(kernels.values()) if isinstance(kernels, Mapping) else kernels
 
 
-def _unscheduled(facts: Mapping[str, Any]) -> list[str]:
-    names = facts.get("unscheduled", ())
-    return [f"{len(names)} kernels are slow, for which no schedule is known: {', '.join(names)}"] if names else []
+def alarms_of(result: Mapping[str, Any]) -> list[str]:
+    """What will not run as it was meant to, in words; result: of an engine that was compiled here."""
+    names = result["facts"].get("unscheduled", ())
+    slow = [f"no schedule is known for what will run slowly: {', '.join(names)}"] if names else []
+    return [*(result["compiled"] or {}).get("alarms", []), *slow]
 
 
 def _built(result: Mapping[str, Any], engine: Mapping[str, Any]) -> CompiledEngine:
