@@ -26,7 +26,7 @@ from edgekd.target import Target
 from edgekd.tasks import Judge
 from edgekd.tasks.classification import Classification
 
-STAGE, BUILD_STAGE, FOLDER = "onnx-file", "onnx-file-build", ENGINE
+STAGE, BUILD_STAGE = "onnx-file", "onnx-file-build"
 REFERENCE = Choice("onnxruntime", {})
 SAMPLES = 64
 MEASURED = {"evidence": "measured_on_device"}
@@ -71,7 +71,7 @@ def build_file(model: Path, compiled: Artifact, url: str, store: Store, on_progr
 
     def fill(out: Path) -> dict[str, Any]:
         return building.build(
-            compiled.file(FOLDER), out / FOLDER, backend, _device(url, store), store,
+            compiled.file(ENGINE), out / ENGINE, backend, _device(url, store), store,
             name=str(model), digest=compiled.digest, log=log, on_progress=on_progress,
         )  # fmt: skip
 
@@ -134,7 +134,7 @@ def _device(url: str, store: Store) -> Device:
 
 def _engine(name: str, compiled: Artifact) -> Engine:
     backend = _backend(compiled)
-    return Engine(name, compiled.file(FOLDER), backend.runner, backend.name, tuple(backend.libraries()))
+    return Engine(name, compiled.file(ENGINE), backend.runner, backend.name, tuple(backend.libraries()))
 
 
 def _unfit(model: Path, what: str) -> RecipeError:

@@ -94,11 +94,11 @@ def test_the_command_line_wins_over_the_inventory(own_done, place, main):
     assert only["action"] == "reuse"
 
 
-def test_a_command_that_measures_nothing(place, main):
+def test_a_command_that_takes_one_device(place, main):
     code, _, err = main("compile", "tiny.yaml", "--device", "all")
     assert code == 2
     assert err.split("\n")[:3] == [
-        "error: edgekd compile measures nothing, and 3 devices are named",
+        "error: edgekd compile takes one device, and 3 are named",
         "       several devices are for edgekd bench and edgekd run",
         "fix:   leave --device out, and name the target: --target TARGET",
     ]

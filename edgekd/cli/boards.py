@@ -35,10 +35,10 @@ Failures = dict[str, EdgekdError]
 
 
 def jobs_at(places: Sequence[Place], asked: Asked, terminal: Terminal) -> dict[str, Job]:
-    """A job per board by its name, whose run is RUN/NAME. Raises RecipeError for a command that measures nothing."""
+    """A job per board by its name, whose run is RUN/NAME. Raises RecipeError for commands that take one."""
     if asked.command not in ("bench", "run"):
         raise RecipeError(
-            f"edgekd {asked.command} measures nothing, and {len(places)} devices are named",
+            f"edgekd {asked.command} takes one device, and {len(places)} are named",
             allowed="several devices are for edgekd bench and edgekd run",
             fix="leave --device out, and name the target: --target TARGET",
         )

@@ -27,6 +27,7 @@ def compile_file(model: Path, target: Target, device: str | None, store: Path, t
     from edgekd import onnx_file, registry
     from edgekd.artifact import Store
     from edgekd.bench.modes.single_stream import SingleStream
+    from edgekd.compiling import ENGINE
 
     kept, url, choice = Store(store), device or target.device, target.choices[0]
     backend: Backend = registry.create("backend", choice.name, options=choice.options)
@@ -52,7 +53,7 @@ def compile_file(model: Path, target: Target, device: str | None, store: Path, t
                     if built is None:  # nothing but the timing was asked of the device
                         raise
                     untimed = error.what
-    engine, build = (built or made).file(onnx_file.FOLDER), built.result if built else None
+    engine, build = (built or made).file(ENGINE), built.result if built else None
     if json_:
         found = {"engine": str(engine), "result": made.result, "built": build, "timed": timed}
         print(json.dumps(found, indent=2))
