@@ -134,7 +134,9 @@ def report(lines: list[dict[str, Any]]) -> str:
         " has the defaults of its options unless its row says otherwise; none was searched for.\n\n"
         + table(["method", "accuracy", "over scratch", "over kd"], rows)
         + f"\n\n{text} Attention transfer's published weight is for larger maps than those of 8x8 images; `ard` learns"
-        " from attacked images alone, for an accuracy under attack that is not measured here.\n\n"
+        " from attacked images alone, for an accuracy under attack that is not measured here; `dfad` sees none of the"
+        " images, `mutual_sources` has one source only here, and `robust_prune` and `decorrelated_prune` end smaller"
+        " than the others: these have sections of their own.\n\n"
         "Made by `benchmarks/methods/digits.py`."
     )
 
