@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-import yaml
 from data.formats import write_cifar_batch, write_folder, write_idx, write_parquet
 
 from edgekd.recipe import load
@@ -72,7 +72,7 @@ def test_what_init_writes_fits_its_schema(tmp_path, monkeypatch, main):
     monkeypatch.chdir(tmp_path)
     main("init")
     text = Path("edgekd.yaml").read_text(encoding="utf-8")
-    schema = yaml.safe_load(Path(".edgekd/recipe.schema.json").read_text(encoding="utf-8"))
+    schema = json.loads(Path(".edgekd/recipe.schema.json").read_text(encoding="utf-8"))
     assert text.startswith("# yaml-language-server: $schema=.edgekd/recipe.schema.json\n") and schema == json_schema()
     jsonschema.Draft202012Validator(schema).validate(mapping_from_yaml(text, "edgekd.yaml")[0])
 
