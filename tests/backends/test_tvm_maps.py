@@ -6,13 +6,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper
 
 pytest.importorskip("tvm", reason="TVM is an extra: pip install 'edgekd[tvm]'")
 pytest.importorskip("tvm_ffi")
 
 from test_tvm_backend import agrees_with_onnxruntime, create
-from tvm_models import convolution, joined_model, operator, per_channel
+from tvm_models import branches, convolution, joined_model, operator, per_channel, transposed
 
 from edgekd.activations import multi_segment_layers
 from edgekd.backends.tvm import runner
@@ -21,26 +20,6 @@ from edgekd.data import Shape
 from edgekd.export import export
 from edgekd.networks import build
 from edgekd.quantize import ptq, sessions
-
-
-def transposed(name, channels, out, kernel, bias=True, group=1, **attributes):
-    rng = np.random.default_rng(len(name))
-    arrays = {f"{name}.w": rng.standard_normal((channels, out // group, *kernel)).astype(np.float32) / 4}
-    if bias:
-        arrays[f"{name}.b"] = rng.standard_normal(out).astype(np.float32)
-    return [helper.make_node("ConvTranspose", ["x", *arrays], [name], group=group, **attributes)], arrays
-
-
-def branches(operators, kernel):
-    """A convolution `c`, and operators that read it."""
-    found = {"c": ([helper.make_node("Conv", ["x", "k"], ["c"], pads=[1] * 2 * (kernel.ndim - 2))], {"k": kernel})}
-    for name, kind, inputs, arrays, attributes in operators:
-        found[name] = ([helper.make_node(kind, inputs, [name], **attributes)], arrays)
-    return found
-
-
-def random_kernel(*shape):
-    return np.random.default_rng(0).standard_normal(shape).astype(np.float32) / 4
 
 
 VOLUME_CONVOLUTIONS = {
@@ -71,7 +50,7 @@ VOLUME_OPERATORS = [
 
 
 def test_every_operator_on_volumes_agrees_with_onnxruntime(tmp_path):
-    parts = VOLUME_CONVOLUTIONS | branches(VOLUME_OPERATORS, random_kernel(8, 6, 3, 3, 3))
+    parts = VOLUME_CONVOLUTIONS | branches(VOLUME_OPERATORS, 8, 6, 3, 3, 3)
     path = joined_model(tmp_path / "volumes.onnx", (6, 4, 6, 8), parts)
     facts = agrees_with_onnxruntime(path, tmp_path / "engine", (6, 4, 6, 8), [1, 3], threads=2)
     assert [name for name in facts["unscheduled"] if "conv" in name or "pool" in name] == []
@@ -102,7 +81,7 @@ RESIZED = [
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_what_makes_images_larger_agrees_with_onnxruntime(tmp_path, threads):
-    parts = LARGER | branches(RESIZED, random_kernel(8, 12, 3, 3))
+    parts = LARGER | branches(RESIZED, 8, 12, 3, 3)
     path = joined_model(tmp_path / "larger.onnx", (12, 5, 7), parts)
     facts = agrees_with_onnxruntime(path, tmp_path / "engine", (12, 5, 7), [1, 2], threads)
     assert [name for name in facts["unscheduled"] if "convolution" in name or "resize" in name] == []

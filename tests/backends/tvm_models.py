@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import onnx
 import torch
@@ -30,13 +32,16 @@ def joined_model(path, shape, branches, batch="batch"):
     return path
 
 
-def convolution(name, channels, out, kernel, bias=True, group=1, **attributes):
+def convolution(name, channels, out, kernel, bias=True, group=1, kind="Conv", **attributes):
     rng = np.random.default_rng(len(name))
-    arrays = {f"{name}.w": rng.standard_normal((out, channels // group, *kernel)).astype(np.float32) / 4}
+    shape = (out, channels // group) if kind == "Conv" else (channels, out // group)
+    arrays = {f"{name}.w": rng.standard_normal((*shape, *kernel)).astype(np.float32) / 4}
     if bias:
         arrays[f"{name}.b"] = rng.standard_normal(out).astype(np.float32)
-    return [helper.make_node("Conv", ["x", *arrays], [name], group=group, **attributes)], arrays
+    return [helper.make_node(kind, ["x", *arrays], [name], group=group, **attributes)], arrays
 
+
+transposed = functools.partial(convolution, kind="ConvTranspose")
 
 CONVOLUTIONS = {
     "plain": convolution("plain", 12, 16, (3, 3), pads=[1, 1, 1, 1]),
@@ -86,13 +91,18 @@ OPERATORS = [
 ]  # fmt: skip
 
 
+def branches(operators, *shape):
+    """A convolution `c` with weights of this shape, and operators that read it."""
+    kernel = np.random.default_rng(0).standard_normal(shape).astype(np.float32) / 4
+    found = {"c": ([helper.make_node("Conv", ["x", "k"], ["c"], pads=[1] * 2 * (kernel.ndim - 2))], {"k": kernel})}
+    for name, kind, inputs, arrays, attributes in operators:
+        found[name] = ([helper.make_node(kind, inputs, [name], **attributes)], arrays)
+    return found
+
+
 def operators_model(path, shape):
     """OPERATORS behind a convolution."""
-    kernel = np.random.default_rng(0).standard_normal((8, shape[0], 3, 3)).astype(np.float32) / 4
-    branches = {"c": ([helper.make_node("Conv", ["x", "k"], ["c"], pads=[1, 1, 1, 1])], {"k": kernel})}
-    for name, kind, inputs, arrays, attributes in OPERATORS:
-        branches[name] = ([helper.make_node(kind, inputs, [name], **attributes)], arrays)
-    return joined_model(path, shape, branches)
+    return joined_model(path, shape, branches(OPERATORS, 8, shape[0], 3, 3))
 
 
 def stack(path, activation, form="where", **options):
