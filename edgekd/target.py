@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from edgekd import registry
 from edgekd.errors import RecipeError, unknown
 from edgekd.recipe import Choice, Section, checked, checked_choice, choice_from_yaml, read_text
 from edgekd.yamlfile import mapping_from_yaml, value_from_yaml
@@ -101,41 +102,10 @@ def with_backend(target: Target, text: str) -> Target:
 
 
 def _on_its_board(target: Target, backends: list[dict[str, Any]]) -> Target:
-    """The target with these backends, whose options `board` are what the board has.
+    """The target with these backends; the preferred one says what its options mean on the target's board.
 
-    Raises RecipeError for a GPU or a deep learning accelerator that the board has not got.
+    Raises RecipeError for what the board has not got.
     """
-    capability = target.board.compute_capability if target.board else None
-    own = f"sm_{capability.replace('.', '')}" if capability else ""
-    for backend in backends:
-        for name, options in backend.items():
-            asked = options.get("gpu", "")
-            if asked == "board" and not own:
-                raise RecipeError(
-                    f"{name}.gpu = board: target {target.name} does not say which GPU its board has",
-                    allowed="expected: a GPU by nvcc's name for it, as sm_87; nvcc --list-gpu-code has all",
-                    fix="name it, or give the target a board with its compute_capability",
-                )
-            if asked and own and asked not in ("board", own):
-                raise RecipeError(
-                    f"{name}.gpu = {asked}: the board of target {target.name} is {own}",
-                    allowed=f"allowed: {own}, or board, which is the same",
-                    fix="set gpu = board, or name another target",
-                )
-            options |= {"gpu": own} if asked and own else {}
-    target = target.model_copy(update={"backends": backends})
-    _check_accelerator(target)
-    return target
-
-
-def _check_accelerator(target: Target) -> None:
-    """Raises RecipeError for a deep learning accelerator that the board has not got."""
-    cores = target.board.dla_cores if target.board else None
-    for choice in target.choices:
-        asked = choice.options.get("dla_core", -1)
-        if cores is not None and asked >= cores:
-            raise RecipeError(
-                f"{choice.name}.dla_core = {asked}: target {target.name} has {cores} deep learning accelerators",
-                allowed=f"allowed: {', '.join(map(str, range(-1, cores)))}; -1 is the GPU alone",
-                fix="leave dla_core out, or name another board",
-            )
+    ((name, options),) = backends[0].items()
+    preferred: Any = registry.entry("backend", name).load()  # a subclass of Backend
+    return target.model_copy(update={"backends": [{name: preferred.on_board(options, target)}, *backends[1:]]})

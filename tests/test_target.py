@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from edgekd import registry, target
@@ -163,6 +165,14 @@ def test_a_gpu_that_the_board_has_not_got(name, gpu, lines):
     with pytest.raises(RecipeError) as caught:
         target.with_backend(target.load(name), f"{{tvm: {{gpu: {gpu}}}}}")
     assert str(caught.value).splitlines() == lines
+
+
+def test_what_a_board_has_is_asked_of_the_backend(monkeypatch):
+    """An option called `gpu` means what its own backend says, and no other."""
+    entry = dataclasses.replace(registry.entry("backend", "null"), options=registry.entry("backend", "tvm").options)
+    monkeypatch.setitem(registry._table()["backend"], "null", entry)
+    (chosen,) = target.with_backend(target.load("jetson"), "{'null': {gpu: the big one}}").choices
+    assert chosen.options["gpu"] == "the big one"
 
 
 def test_a_backend_whose_options_are_none():

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from edgekd.errors import MissingError
+from edgekd.target import Target
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,15 @@ class Backend(ABC):
             raise MissingError(
                 f'backend "{self.name}" cannot be used here: {why}', allowed="what can be used: edgekd doctor", fix=fix
             )
+
+    @classmethod
+    def on_board(cls, options: Mapping[str, Any], target: Target) -> dict[str, Any]:
+        """The options of this backend as they are meant on the target's board.
+
+        Raises RecipeError for those that the board cannot have.
+        """
+        del target
+        return dict(options)
 
     @property
     def runs_here(self) -> bool:

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import cuda_stand_in
 import numpy as np
@@ -22,7 +23,7 @@ pytest.importorskip("tvm", reason="TVM is an extra: pip install 'edgekd[tvm]'")
 
 from edgekd import registry
 from edgekd.backends import Engine
-from edgekd.backends.tvm import libraries, runner
+from edgekd.backends.tvm import child, libraries, runner
 from edgekd.bench import benchmark
 from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.device import Device
@@ -149,6 +150,20 @@ def test_without_a_driver_an_engine_is_refused(tmp_path, monkeypatch):
     assert str(caught.value).startswith(
         "this engine is for an NVIDIA GPU, sm_87, and there is no NVIDIA driver here (libno-such-driver.so: "
     )
+
+
+@pytest.mark.parametrize(("gpu", "fits"), [("sm_87", False), ("sm_90", True)])
+def test_the_driver_is_asked_in_a_process_of_its_own(tmp_path, monkeypatch, gpu, fits):
+    stand_in = cuda_stand_in.make(tmp_path, capability=(9, 0))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(stand_in))
+    assert create(gpu).runs_here == fits
+    assert str(stand_in) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("driver", ["os.abort()", "time.sleep(60)"])
+def test_a_driver_that_crashes_or_hangs_has_no_gpu(monkeypatch, driver):
+    monkeypatch.setattr(child, "DRIVER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(child, "ASK_DRIVER", f"import os, time; {driver}")
     assert not create().runs_here
 
 

@@ -21,7 +21,6 @@ from edgekd.export import export
 from edgekd.networks import build
 from edgekd.quantize import ptq, sessions
 
-
 VOLUME_CONVOLUTIONS = {
     "plain": convolution("plain", 6, 16, (3, 3, 3), pads=[1] * 6),
     "odd": convolution("odd", 6, 5, (3, 1, 3), bias=False, strides=[1, 2, 2], pads=[1, 0, 1, 1, 0, 1]),

@@ -7,13 +7,15 @@ import re
 import shlex
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgekd.backends import Backend, write_settings
-from edgekd.errors import StageError
+from edgekd.errors import RecipeError, StageError
 from edgekd.registry import register
+from edgekd.target import Target
 
 if TYPE_CHECKING:
     import onnx as onnx_package
@@ -56,6 +58,18 @@ class TensorRT(Backend):
     ) -> None:
         self.version, self.max_batch, self.workspace_mib = version, max_batch, workspace_mib
         self.optimization_level, self.dla_core, self.cuda_graph = optimization_level, dla_core, cuda_graph
+
+    @classmethod
+    def on_board(cls, options: Mapping[str, Any], target: Target) -> dict[str, Any]:
+        """Raises RecipeError for a deep learning accelerator that the board has not got."""
+        cores, asked = target.board.dla_cores if target.board else None, options["dla_core"]
+        if cores is not None and asked >= cores:
+            raise RecipeError(
+                f"{cls.name}.dla_core = {asked}: target {target.name} has {cores} deep learning accelerators",
+                allowed=f"allowed: {', '.join(map(str, range(-1, cores)))}; -1 is the GPU alone",
+                fix="leave dla_core out, or name another board",
+            )
+        return dict(options)
 
     def available(self) -> str:
         """Empty, or why models cannot be prepared here; TensorRT itself is needed on the board alone."""

@@ -7,14 +7,15 @@ import json
 import platform
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from edgekd.backends import Backend, write_settings
 from edgekd.backends.tvm import child, libraries, nvcc
-from edgekd.backends.tvm.runner import unfit_gpu
 from edgekd.errors import RecipeError, StageError
 from edgekd.registry import register
+from edgekd.target import Target
 
 ENGINE = "model.so"
 BUDGETS: dict[str, dict[str, float] | None] = {
@@ -73,6 +74,25 @@ class Tvm(Backend):
                 fix="for example tracker = 192.168.0.2:9190/pi",
             )
 
+    @classmethod
+    def on_board(cls, options: Mapping[str, Any], target: Target) -> dict[str, Any]:
+        """With the board's own GPU in the place of `board`. Raises RecipeError for a GPU that the board has not got."""
+        capability = target.board.compute_capability if target.board else None
+        own, asked = f"sm_{capability.replace('.', '')}" if capability else "", options["gpu"]
+        if asked == "board" and not own:
+            raise RecipeError(
+                f"{cls.name}.gpu = board: target {target.name} does not say which GPU its board has",
+                allowed="expected: a GPU by nvcc's name for it, as sm_87; nvcc --list-gpu-code has all",
+                fix="name it, or give the target a board with its compute_capability",
+            )
+        if asked and own and asked not in ("board", own):
+            raise RecipeError(
+                f"{cls.name}.gpu = {asked}: the board of target {target.name} is {own}",
+                allowed=f"allowed: {own}, or board, which is the same",
+                fix="set gpu = board, or name another target",
+            )
+        return {**options, "gpu": own if asked and own else asked}
+
     def available(self) -> str:
         """Empty, or why TVM cannot be used here."""
         missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
@@ -83,7 +103,7 @@ class Tvm(Backend):
     @property
     def runs_here(self) -> bool:
         """Not what is compiled for another kind of processor or GPU."""
-        return self.arch in ("", platform.machine()) and not (self.gpu and unfit_gpu(self.gpu))
+        return self.arch in ("", platform.machine()) and (not self.gpu or child.has_gpu(self.gpu))
 
     def libraries(self) -> list[Path]:
         """TVM's runtime for what is compiled for."""

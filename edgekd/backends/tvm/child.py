@@ -1,8 +1,9 @@
-"""TVM's compiler in a process of its own."""
+"""TVM's compiler in a process of its own, and so whoever asks NVIDIA's driver."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -14,6 +15,8 @@ from edgekd.backends.tvm import nvcc
 
 # TVM pins its threads to cores unless told not to.
 ENVIRONMENT = {"TVM_BIND_THREADS": "0", "OMP_NUM_THREADS": "1"}
+ASK_DRIVER = "import sys; from edgekd.backends.tvm.runner import unfit_gpu; sys.exit(bool(unfit_gpu(sys.argv[1])))"
+DRIVER_TIMEOUT_S = 60.0
 
 
 def run(
@@ -37,3 +40,15 @@ def run(
             environment=ENVIRONMENT | (nvcc.environment(Path(folder)) if job["gpu"] else {}),
             watch=watch,
         )
+
+
+def has_gpu(gpu: str) -> bool:
+    """Whether this machine runs engines for a GPU. A process that has asked the driver could not be forked any more."""
+    argv = [sys.executable, "-c", ASK_DRIVER, gpu]
+    try:
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=DRIVER_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
