@@ -116,25 +116,43 @@ def test_joined_codes_are_computed_right(tmp_path, shape):
     assert sum(number for kernel, number in facts["kernels"].items() if "Convolution" in kernel) == layers
 
 
-def test_who_reads_joined_values_as_they_are_gets_them_all():
-    """Below the smallest code too, which is -2 here."""
-    pair = ["scale", "zero"]
+def joined(zero, reads, **attributes):
+    """Two values joined and rounded with the scale 1/64; zero: a tensor, or None; reads: what the answer is made of."""
+    constants = [numpy_helper.from_array(np.float32(1 / 64), "scale"), *([zero] if zero else [])]
+    pair = [constant.name for constant in constants]
     nodes = [
         helper.make_node("Concat", ["x", "x"], ["joined"], axis=1),
-        helper.make_node("QuantizeLinear", ["joined", *pair], ["codes"]),
+        helper.make_node("QuantizeLinear", ["joined", *pair], ["codes"], **attributes),
         helper.make_node("DequantizeLinear", ["codes", *pair], ["rounded"]),
-        helper.make_node("Add", ["joined", "rounded"], ["logits"]),
+        helper.make_node("Add", [reads, "rounded"], ["logits"]),
     ]
-    constants = {"scale": np.float32(2 / 128), "zero": np.int8(0)}
     sizes = {"x": 2, "logits": 4}
     values = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", size]) for name, size in sizes.items())
-    graph = helper.make_graph(
-        nodes, "joined", *([value] for value in values),
-        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
-    )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    x = np.array([[-5, 1]], np.float32)
-    np.testing.assert_array_equal(sessions.logits(kept_apart(model), x), sessions.logits(model, x))
+    graph = helper.make_graph(nodes, "joined", *([value] for value in values), constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def zero_point(kind):
+    return helper.make_tensor("zero", kind, [], [0])
+
+
+@pytest.mark.parametrize(
+    ("model", "lowest"),
+    [
+        (joined(zero_point(TensorProto.INT8), "rounded"), -2),
+        (joined(None, "rounded"), 0),
+        # Below the smallest code too, which is -2 here.
+        (joined(zero_point(TensorProto.INT8), "joined"), None),
+        (joined(zero_point(TensorProto.FLOAT8E4M3FN), "rounded"), None),
+        (joined(None, "rounded", output_dtype=TensorProto.INT8), None),
+    ],
+    ids=["int8", "uint8", "read as it is too", "float8", "int8 by its attribute"],
+)
+def test_what_is_joined_keeps_its_values(model, lowest):
+    apart, x = kept_apart(model), np.array([[-5, 1]], np.float32)
+    np.testing.assert_array_equal(sessions.logits(apart, x), sessions.logits(model, x))
+    bound = numpy_helper.to_array(apart.graph.initializer[-1])
+    assert bound == (np.finfo(np.float32).min if lowest is None else lowest)
 
 
 def test_a_device_that_is_not_here_is_missing(make_onnx, tmp_path):

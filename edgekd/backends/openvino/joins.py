@@ -53,8 +53,12 @@ def _joins(graph: Graph) -> Iterator[tuple[str, float]]:
 
 
 def _smallest(quantizer: onnx.NodeProto, graph: Graph) -> float:
-    scale = graph.constants.get(quantizer.input[1])
-    zero = graph.constants.get(quantizer.input[2]) if len(quantizer.input) > 2 else np.zeros((), np.uint8)
-    if scale is None or zero is None or scale.size > 1:
+    """Of integers that its inputs name; other kinds of codes are as good as unlimited."""
+    scale, zero = graph.constants.get(quantizer.input[1]), None
+    if len(quantizer.input) > 2:
+        zero = graph.constants.get(quantizer.input[2])
+    elif not any(attribute.name == "output_dtype" for attribute in quantizer.attribute):
+        zero = np.zeros((), np.uint8)
+    if scale is None or zero is None or zero.dtype.kind not in "iu" or scale.size > 1:
         return LOWEST
     return float((np.iinfo(zero.dtype).min - int(zero.item())) * scale.item())
