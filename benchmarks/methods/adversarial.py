@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 from comparison import Result, Rows, Study, command, compared, few, made, many, setting, students, teacher
-from digits import IMAGES, TEACHER, TEACHER_BUDGET, accuracy, fit, network
+from every_method import IMAGES, TEACHER, TEACHER_BUDGET, accuracy, fit, network
 from results import table
 from torch import Tensor, nn
 from torch.nn import functional as F

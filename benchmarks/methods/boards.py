@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from comparison import Result, Rows, Study, command, few, made, many, setting, teacher, wanted
-from digits import BUDGET, IMAGES, TEACHER, fit, network
+from every_method import BUDGET, IMAGES, TEACHER, fit, network
 from results import table
 
 from edgekd import networks

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from comparison import Result, Rows, Study, command, compared, few, made, many, setting, students, teacher
-from digits import BUDGET, IMAGES, STUDENT, TEACHER, TEACHER_BUDGET, accuracy, fit, network
+from every_method import BUDGET, IMAGES, STUDENT, TEACHER, TEACHER_BUDGET, accuracy, fit, network
 from results import table
 from torch import Tensor, nn
 

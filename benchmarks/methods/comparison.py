@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits import BUDGET, STUDENT, TEACHER, TEACHER_BUDGET, accuracy, fit, network
+from every_method import BUDGET, STUDENT, TEACHER, TEACHER_BUDGET, accuracy, fit, network
 from results import gain, spread_of, table, write_section
 from torch import nn
 

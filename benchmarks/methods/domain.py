@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from digits import STUDENT, TEACHER, TEACHER_BUDGET, fit, network, train
+from every_method import STUDENT, TEACHER, TEACHER_BUDGET, fit, network, train
 from results import gain, spread_of, table, write_section
 from torch import Tensor, nn
 

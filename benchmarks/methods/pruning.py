@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from digits import BUDGET, EPOCHS, IMAGES, TEACHER, TEACHER_BUDGET, accuracy, network, train
+from every_method import BUDGET, EPOCHS, IMAGES, TEACHER, TEACHER_BUDGET, accuracy, network, train
 from results import spread, spread_of, summary, table, write_section
 from torch import nn
 from torch.nn.functional import cross_entropy

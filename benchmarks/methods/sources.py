@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from comparison import Result, Rows, Study, command, compared, few, made, many, setting, students, teacher
-from digits import IMAGES, TEACHER, TEACHER_BUDGET, accuracy, fit, network
+from every_method import IMAGES, TEACHER, TEACHER_BUDGET, accuracy, fit, network
 from torch import nn
 
 from edgekd.data import Dataset, Split

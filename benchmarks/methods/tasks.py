@@ -4,8 +4,8 @@
     PYTHONPATH=benchmarks:benchmarks/methods python benchmarks/methods/tasks.py --report FILE [FILE ...]
 
 Targets, optimisers and learning rates are those of the recipes digits-slant, digits-embedding and digits-mask; networks
-and epochs are smaller, and labels few, as in `digits.py`. Within a seed everything but the method is the same. Every
-study is a section of its own, written from the lines of that study alone.
+and epochs are smaller, and labels few, as in `every_method.py`. Within a seed everything but the method is the same.
+Every study is a section of its own, written from the lines of that study alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits import AUGMENT, EPOCHS, IMAGES, STUDENT, TEACHER, network, train
+from every_method import AUGMENT, EPOCHS, IMAGES, STUDENT, TEACHER, network, train
 from results import gain, spread_of, table, write_section
 from torch import nn
 

@@ -1,7 +1,7 @@
 """Every distillation method on the digits, at equal budget: few labelled images, a teacher that has seen many.
 
-    PYTHONPATH=benchmarks python benchmarks/methods/digits.py [--seeds 0 1 2] [--only kd rkd] > FILE
-    PYTHONPATH=benchmarks python benchmarks/methods/digits.py --report FILE [FILE ...]
+    PYTHONPATH=benchmarks python benchmarks/methods/every_method.py [--seeds 0 1 2] [--only kd rkd] > FILE
+    PYTHONPATH=benchmarks python benchmarks/methods/every_method.py --report FILE [FILE ...]
 
 Teacher, student's first weights, batches and test images of a seed are the same for all methods; every method has the
 defaults of its options unless its row says otherwise. Seeds may run side by side, each into a file of its own.
@@ -52,7 +52,7 @@ def main() -> None:
     if given.report:
         lines = [line for file in given.report for line in file.read_text(encoding="utf-8").splitlines()]
         write_section(
-            "methods_digits", "Distillation methods on the digits", report([json.loads(one) for one in lines])
+            "methods_every_method", "Distillation methods on the digits", report([json.loads(one) for one in lines])
         )
         return
     for seed in given.seeds:
@@ -137,7 +137,7 @@ def report(lines: list[dict[str, Any]]) -> str:
         " from attacked images alone, for an accuracy under attack that is not measured here; `dfad` sees none of the"
         " images, `mutual_sources` has one source only here, and `robust_prune` and `decorrelated_prune` end smaller"
         " than the others: these have sections of their own.\n\n"
-        "Made by `benchmarks/methods/digits.py`."
+        "Made by `benchmarks/methods/every_method.py`."
     )
 
 
