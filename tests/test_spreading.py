@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from tiny_job import TINY, make_job
+from tiny_job import SPREAD, make_job
 
 from edgekd import pipeline
 from edgekd.artifact import Artifact
@@ -16,25 +16,12 @@ from edgekd.errors import ExportError
 from edgekd.stages.spreading import _check, silences, subsets
 
 BOARDS, FILTERS = 3, 24
-STUDENT = """\
-student:
-  network: spread
-  part: {network: resnet, depth: 8, width: 0.25}
-  boards: 3
-  copies: 2
-  filters: 24
-  activation: lma
-distill:
-  method: spread
-  scratch: false
-  train: {epochs: 4, batch_size: 32, lr: 0.05}
-"""
-SPREAD = TINY[: TINY.index("student:")].replace("0.25", "0.375") + STUDENT
+LMA = ("student.activation=lma", "distill.train={epochs: 4, batch_size: 32, lr: 0.05}")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> dict[str, Artifact]:
-    return pipeline.run(make_job(tmp_path_factory.mktemp("spread"), recipe=SPREAD), "parts")
+    return pipeline.run(make_job(tmp_path_factory.mktemp("spread"), *LMA, recipe=SPREAD), "parts")
 
 
 def run(file: Path, x: np.ndarray) -> np.ndarray:
@@ -50,7 +37,7 @@ def test_parts_and_head_together_are_the_student(made):
         "head.onnx",
         *(f"part_{n}.onnx" for n in range(BOARDS)),
     ]
-    x = make_job(folder, recipe=SPREAD).images(0, 50)
+    x = make_job(folder, *LMA, recipe=SPREAD).images(0, 50)
     features = np.stack([run(folder / f"part_{board}.onnx", x) for board in range(BOARDS)], 1)
     assert features.shape == (50, BOARDS, FILTERS // BOARDS * 2)
     np.testing.assert_allclose(features, np.load(folder / "test_features.npy"), rtol=1e-3, atol=1e-4)
