@@ -13,7 +13,7 @@ import numpy.typing as npt
 from edgekd.quantize import dialects, sessions
 from edgekd.quantize.calibration import Method
 from edgekd.quantize.ptq import Prepared, sqnr_db
-from edgekd.tasks import Judge
+from edgekd.tasks import ROUNDING, Judge
 
 Array = npt.NDArray[Any]
 Progress = Callable[[float, str], None]
@@ -89,7 +89,7 @@ class Search:
         self.tried[kept] = self.evaluate(kept)
 
     def _meets(self, kept: frozenset[str]) -> bool:
-        return self.tried[kept] >= self.target
+        return self.tried[kept] >= self.target - ROUNDING
 
     def _out_of_time(self) -> bool:
         return time.monotonic() - self._start >= self.seconds

@@ -40,7 +40,7 @@ from edgekd.report.networks import Angles, Spread, SpreadRun
 from edgekd.report.part import Absent, AccuracyChange, Metric
 from edgekd.report.quantization import Quantization
 from edgekd.report.robustness import Robustness
-from edgekd.tasks import Task
+from edgekd.tasks import ROUNDING, Task
 from edgekd.tasks.regression import Regression
 
 Array = npt.NDArray[Any]
@@ -236,7 +236,8 @@ def _budgets(
     for name, limit in limits.items():
         if limit is not None:
             value = values[name]
-            met = None if value is None else value >= limit if name == "speedup" else value <= limit
+            rounding = ROUNDING if name == "accuracy_drop" else 0.0
+            met = None if value is None else value >= limit if name == "speedup" else value <= limit + rounding
             bound: Any = "at least" if name == "speedup" else "at most"
             budgets.append(Budget(name=name, limit=limit, value=value, met=met, bound=bound))
     return budgets

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from edgekd.report.formatting import number, percent, points, signed
+from edgekd.tasks import ROUNDING
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -37,8 +38,8 @@ class AccuracyChange(Part):
     test: str = "McNemar"
 
 
-# Answers are float32: a difference below this is rounding.
-ROUNDING = 1e-6
+def _rounded(difference: float) -> float:
+    return difference if abs(difference) >= ROUNDING else 0.0
 
 
 class Metric(Part):
@@ -77,11 +78,11 @@ class Metric(Part):
         """The same without points or unit."""
         if self.share:
             return points(difference).removesuffix(" points")
-        return signed(difference if abs(difference) >= ROUNDING else 0.0)
+        return signed(_rounded(difference))
 
     def loss(self, value: float) -> str:
         """Of a budget: 5.00 points, or 1.00 years."""
-        return points(value).lstrip("+") if self.share else f"{number(value)} {self.unit}".strip()
+        return points(value).lstrip("+") if self.share else f"{number(_rounded(value))} {self.unit}".strip()
 
     def span(self, ends: Span) -> str:
         """91.10 to 91.90%."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Array = npt.NDArray[Any]
+# Answers are float32: a difference of two scores below this is rounding.
+ROUNDING = 1e-6
 
 
 class Part(Protocol):

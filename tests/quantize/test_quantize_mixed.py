@@ -32,6 +32,12 @@ def test_nothing_is_kept_when_all_of_int8_is_good_enough():
     assert len(found["tried"]) == 1
 
 
+def test_a_target_is_not_missed_by_rounding():
+    """Scores are those of float32 answers."""
+    found = Search(lambda kept: 0.9 - (1e-7 if not kept else 0), LAYERS, 0.9, seconds=60).run()
+    assert (found["met"], found["keep_float"]) == (True, [])
+
+
 def test_the_best_is_kept_when_time_runs_out(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("edgekd.quantize.mixed.time.monotonic", lambda: now[0])

@@ -61,6 +61,7 @@ def test_values_without_points_are_told_with_their_unit():
     assert DICE.change(-0.004) == "−0.40 points" and Metric().noun == "accuracy"
     assert (MAE.change(-1.4e-7), MAE.bare(1.4e-7)) == ("0 years", "0")  # rounding
     assert (MAE.loss(1.0), MAE.loss(-1.16)) == ("1.00 years", "−1.16 years")
+    assert (MAE.loss(1.4e-7), MAE.loss(1.4e-6)) == ("0 years", "1.40e−06 years")
     assert (DICE.loss(0.05), DICE.loss(-0.003)) == ("5.00 points", "−0.30 points")
 
 

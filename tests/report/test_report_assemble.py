@@ -171,6 +171,19 @@ def test_without_a_device_the_last_model_is_judged(quantized, limit: float, met:
     assert document.verdict.status == "NOT_MEASURED"
 
 
+def test_a_budget_of_accuracy_is_not_missed_by_rounding(quantized) -> None:
+    record, artifacts = quantized
+    document = document_from_run(record, artifacts)
+    drop = document.row("teacher").score - document.row("quantized").score
+
+    def met(limit: float) -> bool | None:
+        budgets = document_from_run(changed(record, budgets={"accuracy_drop": limit}), artifacts).verdict.budgets
+        return budgets[0].met
+
+    assert met(drop - 1e-7) is True  # float32 has no more digits
+    assert met(drop - 1e-4) is False
+
+
 def test_without_a_student_there_is_nothing_to_compare(run) -> None:
     record, artifacts = run
     document = document_from_run(record, {name: artifacts[name] for name in ("teacher", "scratch")})
