@@ -11,7 +11,8 @@ from typing import Any
 
 from edgekd.artifact import Store, sha256_of
 from edgekd.backends import Backend
-from edgekd.device import JSON_LIMIT_BYTES, Device, Finished, Job, last_lines, parsed
+from edgekd.device import Device, Finished, Job, last_lines
+from edgekd.documents import LIMIT_BYTES, parsed
 from edgekd.errors import ConnectionLost, StageError
 
 _log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def _ended(there: Job) -> Finished:
 
 def _fetch(there: Job, names: Mapping[str, int], folder: Path, key: Mapping[str, Any]) -> None:
     """Get what build.json lists, of the files that a build may leave, and no other."""
-    there.get(RESULT, folder / RESULT, limit_bytes=JSON_LIMIT_BYTES)
+    there.get(RESULT, folder / RESULT, limit_bytes=LIMIT_BYTES)
     built = parsed((folder / RESULT).read_text(encoding="utf-8", errors="replace"), "the build's build.json")
     if built.get("identity") != key:
         raise StageError(

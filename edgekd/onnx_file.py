@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import secrets
+import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,25 +59,40 @@ def compile_file(model: Path, target: Target, choice: Choice, store: Store, on_p
             )  # fmt: skip
             return result | {"builds_on": backend.builds_on}
 
-        return store.publish(STAGE, key, fill, about=lambda: {"spec": spec, "created": _now()})
+        made = store.publish(STAGE, key, fill, about=lambda: {"spec": spec, "created": _now()})
+        store.clean_work(key)
+        return made
 
 
 def build_file(model: Path, compiled: Artifact, url: str, store: Store, on_progress: OnProgress) -> Artifact:
     """The engine that the board at `url` builds of a compiled file; its result as `Backend.built` says.
 
-    The board is asked every time whether an engine that is kept still fits. Raises StageError in the board's own words.
+    The board is asked every time whether an engine that is kept still fits; one that does is stored once. Raises
+    StageError in the board's own words.
     """
     spec, backend = compiled.manifest["spec"], _backend(compiled)
-    log = store.work(compiled.key) / f"{backend.name}.log"
-
-    def fill(out: Path) -> dict[str, Any]:
-        return building.build(
-            compiled.file(ENGINE), out / ENGINE, backend, _device(url, store), store,
+    work = store.work(compiled.key)
+    log = work / f"{backend.name}.log"
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        built = Path(folder, ENGINE)
+        made = building.build(
+            compiled.file(ENGINE), built, backend, _device(url, store), store,
             name=str(model), digest=compiled.digest, log=log, on_progress=on_progress,
         )  # fmt: skip
 
-    key = key_of(BUILD_STAGE, 1, {"url": url, "asked": secrets.token_hex(16)}, {"engine": compiled.digest})
-    return store.publish(BUILD_STAGE, key, fill, about=lambda: {"spec": spec, "created": _now()})
+        def fill(out: Path) -> dict[str, Any]:
+            shutil.copytree(built, out / ENGINE)
+            return made
+
+        said = {"engine": compiled.digest, "built": sha256_of(built / building.RESULT)}
+        key = key_of(BUILD_STAGE, 2, {"url": url}, said)
+        with store.locked(key, on_wait=lambda: _log.warning("another run is storing the same; waiting")):
+            found = store.find(BUILD_STAGE, key)
+            if found is None:
+                found = store.publish(BUILD_STAGE, key, fill, about=lambda: {"spec": spec, "created": _now()})
+                store.clean_work(key)
+    log.unlink()  # kept of what failed
+    return replace(found, manifest={**found.manifest, "result": made})
 
 
 def time_file(

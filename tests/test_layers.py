@@ -13,8 +13,8 @@ import edgekd
 
 # A module imports only from those above it. A package stands for everything in it.
 LAYERS = (
-    "errors", "yamlfile", "schedule", "registry", "artifact", "recipe", "recipe_schema", "target", "inventory", "marks",
-    "stats", "tasks", "data", "activations", "networks", "methods",
+    "errors", "yamlfile", "documents", "schedule", "registry", "artifact", "recipe", "recipe_schema", "target",
+    "inventory", "marks", "stats", "tasks", "data", "activations", "networks", "methods",
     "learning_rate", "checkpoint", "teacher_logits", "training_log", "distill", "parity", "export", "quantize",
     "backends", "compiling", "device", "building", "bench", "kit", "onnx_file", "stages", "preflight", "stage_table",
     "pipeline", "importing", "report", "catalog", "starter", "terminal", "cli", "__main__",

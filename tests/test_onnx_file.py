@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +169,12 @@ def test_a_file_is_built_on_a_jetson_and_timed_there_by_the_same_engine(jetson, 
     assert timed["engines"]["student"]["built"] == []  # it was sent, not built once more
     assert timed["engines"]["student"]["parts_ms"].keys() == {"copy_in", "compute", "copy_out"}
     assert timed["accuracy"]["student"]["score"] == 1 and timed["latency"]["student"]["p50_ms"] > 0
-    # A second time, what is kept is sent; the timing cache is kept too.
+    # A second time, what is kept is sent and stands where it stood; the timing cache is kept too.
+    again = json.loads(jetson(board, model, "--json")[1])
+    assert (again["built"].pop("reused"), built.pop("reused")) == (True, False)
+    assert (again["engine"], again["built"]) == (told["engine"], built)
+    assert len(list((tmp_path / ".edgekd").glob("store/onnx-file-build/*"))) == 1
+    assert not [file for file in (tmp_path / ".edgekd/work").rglob("*") if file.is_file() and file.name != "lock"]
     code, out, _ = jetson(board, model)
     (cache,) = (tmp_path / ".edgekd").glob("cache/timing-caches/*/timing.cache")
     assert code in (0, 6) and cache.read_bytes() == b"timed"
@@ -186,6 +192,16 @@ def test_what_a_jetson_cannot_build_is_said_in_its_words(jetson, tmp_path):
     assert what == f'error: no engine of {model} on "local:?python={board.python}": Cuda Runtime (out of memory)'
     assert Path(log.partition("all of it: ")[2]).is_file() and "workspace_mib" in fix
     assert not list((tmp_path / ".edgekd").glob("store/onnx-file-build/*"))
+
+
+@needs_stand_in
+def test_an_engine_that_is_built_anew_is_another_one(jetson, tmp_path, monkeypatch):
+    board, model = tensorrt_stand_in.Board(tmp_path / "board", module=False), tiny_onnx(tmp_path / "tiny.onnx")
+    first, second = (json.loads(jetson(board, model, "--json")[1]) for _ in range(2))
+    assert first["engine"] == second["engine"]
+    shutil.rmtree(tmp_path / ".edgekd/cache")
+    third = json.loads(jetson(board, model, "--json")[1])
+    assert third["engine"] != first["engine"] and not third["built"]["reused"]
 
 
 @needs_stand_in

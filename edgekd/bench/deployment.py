@@ -17,7 +17,9 @@ import numpy.typing as npt
 from edgekd.artifact import sha256_of
 from edgekd.backends import Engine
 from edgekd.bench.end_to_end import Pictures
-from edgekd.device import AGENT, JSON_LIMIT_BYTES, Device, Finished, Job, files_below, last_lines, parsed
+from edgekd.device import AGENT, Device, Finished, Job, files_below, last_lines
+from edgekd.device.facts import Facts
+from edgekd.documents import LIMIT_BYTES, fitting, parsed
 from edgekd.errors import ConnectionLost, DiskFull, StageError
 
 _log = logging.getLogger(__name__)
@@ -108,23 +110,24 @@ def _measure(
 def _is_over(job: Job) -> bool:
     """Whether the agent came to its end before the connection did."""
     with tempfile.TemporaryDirectory() as folder:
-        job.get("result.json", Path(folder, "result.json"), limit_bytes=JSON_LIMIT_BYTES)
+        job.get("result.json", Path(folder, "result.json"), limit_bytes=LIMIT_BYTES)
         return Path(folder, "result.json").stat().st_size > 0
 
 
 def _fetch(job: Job, engines: Mapping[str, Engine], kinds: Iterable[str], workdir: Path) -> dict[str, Any]:
-    job.get("result.json", workdir / "result.json", limit_bytes=JSON_LIMIT_BYTES)
+    job.get("result.json", workdir / "result.json", limit_bytes=LIMIT_BYTES)
     for name in engines:
         for file in (f"{name}_{kind}.npy" for kind in kinds):
             job.get(file, workdir / file, limit_bytes=MAX_NPY_BYTES)
-    result = parsed((workdir / "result.json").read_text(encoding="utf-8", errors="replace"), "the agent's result.json")
+    source = f"result.json of the agent on {job.device.url}"
+    result = parsed((workdir / "result.json").read_text(encoding="utf-8", errors="replace"), source)
     if not isinstance(result.get("models"), dict) or set(result["models"]) != set(engines):
         raise StageError(
             f'benchmark on "{job.device.url}": its result is not of {" and ".join(engines)}',
             allowed="each is timed, and nothing else",
             fix="measure again: edgekd bench",
         )
-    return result
+    return result | {"device": fitting(result.get("device"), Facts, source)}
 
 
 def _progress_line(on_progress: Progress | None) -> Callable[[str], None]:

@@ -27,20 +27,19 @@ import edgekd
 from edgekd import registry
 from edgekd.artifact import sha256_of
 from edgekd.device import porter
+from edgekd.device.facts import Facts
 from edgekd.device.process import Finished, last_lines, run
 from edgekd.device.signature import sign
+from edgekd.documents import fitting, parsed
 from edgekd.errors import ConnectionLost, DiskFull, StageError
 
 __all__ = [
-    "AGENT", "JSON_LIMIT_BYTES", "BusyError", "Device", "Finished", "Job", "Transport", "files_below", "last_lines",
-    "not_fetched", "not_signed", "parsed", "text_from_holder", "wait_for",
+    "AGENT", "BusyError", "Device", "Finished", "Job", "Transport", "files_below", "last_lines",
+    "not_fetched", "not_signed", "text_from_holder", "wait_for",
 ]  # fmt: skip
 
 AGENT = Path(edgekd.__file__).with_name("agent")
 FACTS_TIMEOUT_S = 180.0  # a slow board that is busy
-# The agent's documents are a few hundred kilobytes and 6 levels deep; what is more did not come from the agent.
-JSON_LIMIT_BYTES = 16 << 20
-JSON_LIMIT_DEPTH = 16
 TURN_PATIENCE_S = 12 * 3600.0  # a job that others wait for may measure for hours
 TURN_EVERY_S = 2.0
 
@@ -178,7 +177,8 @@ class Device:
             job.put({"agent": AGENT})
             finished = job.run([job.python, "-m", "agent", "facts"], timeout=FACTS_TIMEOUT_S)
         finished.check(f"the agent on {self.url}")
-        return parsed(finished.stdout, f"the facts of {self.url}")
+        source = f"the facts of {self.url}"
+        return fitting(parsed(finished.stdout, source), Facts, source)
 
 
 def wait_for(lock: Callable[[], None], url: str, on_wait: Callable[[str], None]) -> None:
@@ -302,27 +302,3 @@ def not_signed(url: str, why: str) -> StageError:
         allowed="its owner lists the keys whose signature it asks for; see docs/boards.md, Signed bundles",
         fix="sign it: --device 'ssh://...?signing_key=~/.ssh/id_ed25519', by a key that the board's owner has listed",
     )
-
-
-def parsed(text: str, source: str, *, limit: int = JSON_LIMIT_BYTES) -> dict[str, Any]:
-    """The JSON object that the agent wrote. Raises StageError when it is too large, too deep or no JSON object."""
-    try:
-        if len(text) > limit:
-            raise ValueError(f"{len(text)} characters, at most {limit} allowed")
-        document = json.loads(text)
-        if not isinstance(document, dict):
-            raise ValueError(f"a JSON {type(document).__name__}, not an object")
-        if _depth(document) > JSON_LIMIT_DEPTH:
-            raise ValueError(f"more than {JSON_LIMIT_DEPTH} levels deep")
-        return document
-    except (ValueError, RecursionError) as error:
-        raise StageError(
-            f"{source}: not what the agent writes: {error}",
-            allowed="expected: a JSON object",
-            fix="run it again with --debug",
-        ) from error
-
-
-def _depth(value: Any) -> int:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edgekd.device import Transport, not_fetched, parsed, porter
+from edgekd.device import Transport, not_fetched, porter
+from edgekd.documents import parsed
 from edgekd.errors import RecipeError, StageError
 from edgekd.registry import register
 

@@ -60,7 +60,7 @@ def head(engine):
 
 def table(engine):
     """Its layers, as the build left them."""
-    return layers.layers_from_json((engine.folder / "layers.json").read_text())
+    return layers.rows_from_table(json.loads((engine.folder / "layers.json").read_text()))
 
 
 def forget():
@@ -216,7 +216,7 @@ NAMED = {
 
 @pytest.mark.parametrize("layer", [FUSED, NAMED], ids=["older", "newer"])
 def test_layers_are_read_as_older_and_newer_releases_write_them(layer):
-    (kernel,) = compiler.kernels_from_rows(layers.layers_from_json(json.dumps({"Layers": [layer], "Bindings": []})))
+    (kernel,) = compiler.kernels_from_rows(layers.rows_from_table({"Layers": [layer], "Bindings": []}))
     assert kernel.nodes == ("conv", "relu") and kernel.inputs == ("Int8",)
     assert kernel.multiplies_integers
 

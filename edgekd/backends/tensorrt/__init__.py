@@ -171,7 +171,7 @@ class TensorRT(Backend):
 
         try:
             return built.account(folder)
-        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
             raise StageError(
                 f"what the board's TensorRT left is not understood: {type(error).__name__}: {error}",
                 allowed=f"looked in {folder}",

@@ -9,37 +9,113 @@ from typing import Any
 
 import numpy as np
 import onnx
+from pydantic import Field
 
 from edgekd.backends.tensorrt.compiler import Kernel, kernels_from_rows, node_name
 from edgekd.backends.tensorrt.on_device.build import LAYERS, MODEL, PLAN, RESULT
-from edgekd.backends.tensorrt.on_device.layers import layers_from_json, on_the_gpu
+from edgekd.backends.tensorrt.on_device.layers import on_the_gpu, rows_from_table
+from edgekd.documents import Count, Document, Text, fitting, parsed
 from edgekd.quantize.graph import Graph
 from edgekd.quantize.rules import layer_name, layers_with_weights
 
-FACTS = ("module", "version", "mode", "tried", "seconds", "identity", "argv", "timed")
 UNKNOWN = "unknown"
 # A kernel that reads codes and does not multiply them makes floats of them first.
 _FLOATS = {"Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "Int8": "float"}
 NAMED = 5  # layers that an alarm names
+LAYERS_LIMIT_BYTES = 64 << 20
+
+
+class Identity(Document):
+    """What an engine belongs to, see `on_device.identity`."""
+
+    onnx: Text
+    flags: dict[str, Any]
+    tensorrt: Text
+    compute_capability: Text
+    multiprocessors: Count
+    device: Text
+    l4t: Text | None
+
+
+class Tried(Document):
+    """A way to ask for a precision, and why it was refused."""
+
+    mode: Text
+    refused: list[Text]
+
+
+class Milliseconds(Document, extra="allow"):
+    """Of a part of an inference, in trtexec's words."""
+
+    __pydantic_extra__: dict[str, float]
+    median: float
+
+
+_UNTIMED = Milliseconds(median=0.0)
+
+
+class Timed(Document):
+    """What trtexec measured, as far as it did."""
+
+    latency: Milliseconds = _UNTIMED
+    enqueue: Milliseconds = _UNTIMED
+    copy_in: Milliseconds = _UNTIMED
+    compute: Milliseconds = _UNTIMED
+    copy_out: Milliseconds = _UNTIMED
+    throughput_per_s: float | None = None
+    warnings: list[Text] = Field([])
+
+
+class Built(Document):
+    """build.json, see `on_device.build`."""
+
+    module: Text
+    version: Text
+    mode: Text
+    tried: list[Tried]
+    seconds: float
+    identity: Identity
+    files: dict[Text, list[Text | Count]]
+    argv: list[list[Text]] = Field([])
+    timed: dict[Text, Timed] = Field({})
+
+
+class Row(Document):
+    """A layer, see `on_device.layers`."""
+
+    name: Text
+    type: Text
+    inputs: list[Text]
+    constants: list[Text]
+    outputs: list[Text]
+    tactic: Text
+    nodes: list[Text]
+
+
+class Table(Document):
+    """layers.json, as its rows were read."""
+
+    rows: list[Row]
 
 
 def account(folder: Path) -> dict[str, Any]:
     """The result of a build from the files that it left in a folder: what they say, whoever wrote them.
 
     Returns:
-        evidence, size_bytes, those of `FACTS` that there are, layers: rows {layer, operator, asked, ran, kernel},
-        kernels: their number, alarms: sentences.
+        evidence, size_bytes, what build.json says but for its `files`, layers: rows {layer, operator, asked, ran,
+        kernel}, kernels: their number, alarms: sentences.
 
-    Raises ValueError, KeyError or TypeError when the files are not what a build leaves.
+    Raises StageError, ValueError, KeyError, TypeError or AttributeError when the files are not what a build leaves.
     """
-    built = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    built = fitting(parsed((folder / RESULT).read_text(encoding="utf-8"), RESULT), Built, RESULT)
     settings = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
-    found: dict[str, Any] = {name: built[name] for name in FACTS if name in built}
+    found = {name: value for name, value in built.items() if name != "files"}
     found |= {"evidence": "built_on_device", "size_bytes": int(built["files"][PLAN][1])}
     if not (folder / LAYERS).is_file():
         alarm = f"TensorRT {built['version']} lists no layers: in which precision they run is not known"
         return found | {"layers": [], "kernels": None, "alarms": [alarm]}
-    rows = layers_from_json((folder / LAYERS).read_text(encoding="utf-8"))
+    table = parsed((folder / LAYERS).read_text(encoding="utf-8"), LAYERS, limit=LAYERS_LIMIT_BYTES)
+    rows = fitting({"rows": rows_from_table(table)}, Table, LAYERS)["rows"]
     layers = layer_rows(onnx.load(str(folder / MODEL)), kernels_from_rows(rows))
     alarms = [*float_alarm(layers), *(_gpu_alarm(on_the_gpu(rows)) if settings["dla_core"] >= 0 else ())]
     return found | {"layers": layers, "kernels": len(rows), "alarms": alarms}

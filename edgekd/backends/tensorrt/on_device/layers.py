@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -10,10 +9,10 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _KNOWN = {"INT8": "Int8", "FP16": "Half", "HALF": "Half", "FP32": "Float", "FLOAT": "Float", "INT32": "Int32"}
 
 
-def layers_from_json(text: str) -> list[dict[str, Any]]:
+def rows_from_table(table: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each layer: name, type, inputs, constants and outputs (their data types), tactic, nodes (of the ONNX
     model, that it computes)."""
-    return [_row(layer if isinstance(layer, dict) else {"Name": layer}) for layer in json.loads(text)["Layers"]]
+    return [_row(layer if isinstance(layer, dict) else {"Name": layer}) for layer in table["Layers"]]
 
 
 def on_the_gpu(rows: list[dict[str, Any]]) -> list[str]:
