@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from edgekd.pipeline import StageEvent
 
@@ -97,12 +98,12 @@ class Terminal:
         self.err.print(f"{label:<{LABEL_CHARACTERS}} {text}", markup=False, soft_wrap=True)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table to stdout."""
+        """Print a table to stdout, its cells as they are: a bracket is no markup, a board's escape code no code."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in header:
             table.add_column(name, overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text("".join(filter(str.isprintable, cell))) for cell in row))
         self.out.print(table)
 
     def entries(self, kind: str, rows: Sequence[tuple[str, str, str]]) -> None:
