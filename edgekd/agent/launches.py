@@ -70,9 +70,11 @@ class Launches:
         self.done.append(launch)
 
     def forget(self) -> None:
-        """Count none of them again: the benchmark is over, and the next one in this folder measures anew."""
-        for number in range(len(self.done)):
-            os.remove(f"launch_{number}.json")
+        """Count none of them again: the benchmark is over, and the next one in this folder measures anew. The last one
+        goes first: who is stopped halfway leaves the start of a benchmark, not an end to be joined with another."""
+        while self.done:
+            self.done.pop()
+            os.remove(self._file())
 
     def join(self) -> dict[str, Any]:
         """Write one file of each kind per model, its clock starting with the benchmark; return the rest together."""
