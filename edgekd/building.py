@@ -11,9 +11,9 @@ from typing import Any
 
 from edgekd.artifact import Store, sha256_of
 from edgekd.backends import Backend
-from edgekd.device import Device, Finished, Job, last_lines
+from edgekd.device import Device, Finished, Job, free_some_space, last_lines
 from edgekd.documents import LIMIT_BYTES, parsed
-from edgekd.errors import ConnectionLost, StageError
+from edgekd.errors import ConnectionLost, DiskFull, StageError
 
 _log = logging.getLogger(__name__)
 
@@ -142,19 +142,23 @@ def _fetch(there: Job, names: Mapping[str, int], folder: Path, key: Mapping[str,
 def _failed(finished: Finished, name: str, url: str, log: Path | None) -> StageError:
     """Why there is no engine, in the board's own words."""
     reason = finished.stderr_tail[-1] if finished.status == 1 and finished.stderr_tail else ""
-    what, fix = reason or f"its build ended with exit status {finished.status}", "see: edgekd check MODEL.onnx"
+    kind, what, fix = (
+        StageError,
+        reason or f"its build ended with exit status {finished.status}",
+        "see: edgekd check MODEL.onnx",
+    )
     if finished.status < 0:
         what = f"its build was killed (signal {-finished.status}), as happens when memory runs out"
     if finished.status < 0 or "memory" in reason.lower():
         fix = "end what else runs there, and limit what kernels may take: the backend's option workspace_mib"
     elif "no space left" in reason.lower():
-        fix = "free some space there; what edgekd keeps can go: rm -r ~/.edgekd/files"
+        kind, fix = DiskFull, free_some_space(url)
     elif "not here" in reason or "nor trtexec" in reason:
         fix = f"install what is missing there, see: edgekd doctor --device {url}"
     elif "prepared for" in reason:
         fix = "edgekd list targets"
     said = last_lines(finished.stderr_tail or tuple(finished.stdout.splitlines()))
-    return StageError(
+    return kind(
         f'no engine of {name} on "{url}": {what}',
         allowed=said + (f"\n       all of it: {log}" if log else ""),
         fix=fix,

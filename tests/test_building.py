@@ -91,7 +91,6 @@ def test_an_engine_that_was_truncated_where_it_is_kept_is_built_again(build, tmp
     [
         ("memory", "Cuda Runtime (out of memory)", "limit what kernels may take: the backend's option workspace_mib"),
         ("killed", "its build was killed (signal 9), as happens when memory runs out", "option workspace_mib"),
-        ("disk", "No space left on device: model.plan", "free some space there"),
         ("no gpu", "TensorRT finds no GPU that it can use", "see: edgekd check MODEL.onnx"),
     ],
 )

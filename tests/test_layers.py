@@ -23,6 +23,7 @@ LAYERS = (
 STAND_ALONE = (
     "agent",
     "device.porter",
+    "device.signers",
     "kit.run",
     "backends.null.runner",
     "backends.onnxruntime.runner",
@@ -118,7 +119,7 @@ def test_what_is_copied_to_the_device_stands_alone(module):
     runtimes = {"backends.onnxruntime": "onnxruntime", "backends.openvino": "openvino"}
     runtime = {package for folder, package in runtimes.items() if within(module, (folder,))}
     decoder = {"PIL"} if module == "agent.pictures" else set()  # for images in an image format, where it is there
-    beside = {"porter"} if module == "kit.run" else {"agent", "on_device"}
+    beside = {"kit.run": {"signers"}, "device.porter": {"device"}}.get(module, {"agent", "on_device"})
     allowed = {"numpy", *beside, *runtime, *decoder, *sys.stdlib_module_names}
     assert {name.partition(".")[0] for name in imports(MODULES[module])} <= allowed
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -15,8 +14,6 @@ from .conductor import Bench
 from .errors import AgentError
 from .machine import facts
 from .worker import work
-
-FULL_BYTES = 1 << 16
 
 
 def hold_lifeline() -> None:
@@ -62,13 +59,8 @@ def main() -> int:
         try:
             with open(arguments.spec) as file:
                 Bench(json.load(file), arguments.root).run()
-        except (AgentError, OSError) as error:
-            # A file that could not be written whole is reported in as many ways as there are libraries.
-            free = shutil.disk_usage(".").free
-            if isinstance(error, OSError) and free > FULL_BYTES:
-                raise
-            text = f"the disk is full: {free} bytes free" if free <= FULL_BYTES else str(error)
-            sys.stderr.write(json.dumps({"error": text}) + "\n")
+        except AgentError as error:
+            sys.stderr.write(json.dumps({"error": str(error)}) + "\n")
             return 1
     return 0
 

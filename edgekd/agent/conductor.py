@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from .power import Meter, Rails
 from .sensors import Sensors, read
 
 ACCURACY_CHUNK = 256  # samples between two progress lines
+FULL_BYTES = 1 << 16  # who has less left has a full disk
+ROW_BYTES = 48  # of a query in the table of latencies
 SETUP_GUESS_S = 1.0  # per launch, until the first one has shown how long it takes
 
 
@@ -117,9 +120,27 @@ class Bench:
         self.started = time.perf_counter() - self.launches.seconds
         self.expected_s = spec["min_seconds"] + SETUP_GUESS_S * spec["launches"]
         self.measured_s, self.shown = self.launches.measured_s, 0.0
+        self.table_bytes = self.answers_bytes = 0  # of all models, in one launch; 0 before any
 
     def run(self) -> None:
-        """Do it all; leaves result.json."""
+        """Do it all; leaves result.json. Raises AgentError when a model cannot be run, or the disk is full."""
+        try:
+            self.run_launches()
+        except (AgentError, OSError):
+            # A file that could not be written whole is reported in as many ways as there are libraries.
+            free = shutil.disk_usage(".").free
+            if free > FULL_BYTES:
+                raise
+            needed = f", about {self.lacking_bytes() / 1e6:.1f} MB needed" if self.table_bytes else ""
+            raise AgentError(f"the disk is full: {free / 1e6:.1f} MB free{needed}, in {os.getcwd()}") from None
+
+    def lacking_bytes(self) -> int:
+        """Of the tables of the launches to come, of all tables joined, and of the answers."""
+        launches = self.spec["launches"]  # type: int
+        return self.table_bytes * (2 * launches - len(self.launches.done)) + self.answers_bytes
+
+    def run_launches(self) -> None:
+        """Those that are not there yet, and what all have given together."""
         launches = self.spec["launches"]
         clocks = Locked(self.root) if self.spec["lock_clocks"] else None
         for launch in range(len(self.launches.done), launches):
@@ -169,6 +190,8 @@ class Bench:
             self.expect(models, launch, elapsed)
             self.progress("measure")
         watch.meter.close()
+        self.table_bytes = ROW_BYTES * 2 * rounds * sum(map(sum, queries.values()))
+        self.answers_bytes = self.count * sum(model.report["answer_bytes"] for model in models)
         for model in models:
             model.report["energy"] = watch.meter.of(model.name)
         self.measured_s += elapsed

@@ -65,6 +65,7 @@ class Worker:
             "load_ms": 1e3 * (loaded - imported),
             "rss_before_load_bytes": before,
             "peak_rss_bytes": peak,
+            "answer_bytes": logits.size * 4,
             "decoder": self.pictures.decoder if self.pictures else "",
         }
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from edgekd.artifact import sha256_of
 from edgekd.backends import Engine
 from edgekd.bench.end_to_end import Pictures
-from edgekd.device import AGENT, Device, Finished, Job, files_below, last_lines
+from edgekd.device import AGENT, Device, Finished, Job, files_below, free_some_space, last_lines
 from edgekd.device.facts import Facts
 from edgekd.documents import LIMIT_BYTES, fitting, parsed
 from edgekd.errors import ConnectionLost, DiskFull, StageError
@@ -168,8 +168,8 @@ def _failure(finished: Finished, url: str, attempts: int, backend: str) -> Stage
         install = [] if url.startswith("local:") else ["--install"]  # there it says which command of pip
         fix = shlex.join(["edgekd", "doctor", "--device", url, "--backend", backend, *install])
     elif "disk is full" in what:
-        fix = "free some space there, and run it again: finished launches are kept for an hour"
-        return DiskFull(f'benchmark on "{url}": {what}', allowed=last_lines(lines) if lines else "", fix=fix)
+        said = last_lines(lines) if lines else ""
+        return DiskFull(f'benchmark on "{url}": {what}', allowed=said, fix=free_some_space(url))
     elif "this engine is for" in what:
         fix = "compile it for that machine: another --target, or other options of the backend: edgekd list backends"
     elif "sha256" in what:

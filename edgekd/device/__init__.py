@@ -26,7 +26,7 @@ from urllib.parse import parse_qsl
 import edgekd
 from edgekd import registry
 from edgekd.artifact import sha256_of
-from edgekd.device import porter
+from edgekd.device import signers
 from edgekd.device.facts import Facts
 from edgekd.device.process import Finished, last_lines, run
 from edgekd.device.signature import sign
@@ -34,8 +34,8 @@ from edgekd.documents import fitting, parsed
 from edgekd.errors import ConnectionLost, DiskFull, StageError
 
 __all__ = [
-    "AGENT", "BusyError", "Device", "Finished", "Job", "Transport", "files_below", "last_lines",
-    "not_fetched", "not_signed", "text_from_holder", "wait_for",
+    "AGENT", "BusyError", "Device", "Finished", "Job", "Transport", "disk_full", "files_below", "free_some_space",
+    "last_lines", "not_fetched", "not_signed", "text_from_holder", "wait_for",
 ]  # fmt: skip
 
 AGENT = Path(edgekd.__file__).with_name("agent")
@@ -109,7 +109,7 @@ class Transport(ABC):
 
         It must hand standard input, output and error through, and end what runs on the device when it ends itself or
         its standard input closes. What the device's owner asks to be signed it must not run when it is not, see
-        porter.signer_of.
+        signers.signer_of.
         """
 
     def ended(self, finished: Finished) -> Finished:
@@ -257,7 +257,7 @@ class Job:
     def _sign(self) -> None:
         """Put a signed manifest beside what was put."""
         with tempfile.TemporaryDirectory() as folder:
-            manifest = Path(folder, porter.MANIFEST)
+            manifest = Path(folder, signers.MANIFEST)
             manifest.write_text(json.dumps({"files": self._files}, indent=1, sort_keys=True), encoding="utf-8")
             signature = sign(manifest, self.device.transport.signing_key)
             self.device.transport.put({file.name: file for file in (manifest, signature)}, self.folder)
@@ -293,6 +293,19 @@ def not_fetched(name: str, folder: str, limit_bytes: int, size: int | None = Non
         allowed=f"at most {limit_bytes} are expected",
         fix="see what the device writes, and measure again",
     )
+
+
+def disk_full(url: str, place: str, free: int, lacking: int) -> DiskFull:
+    """Why a device does not take what is written to `place` there. lacking: bytes, 0 where nobody knows."""
+    needed = f", {lacking / 1e6:.1f} MB needed" if lacking else ""
+    what = f'device "{url}": its disk is full: {free / 1e6:.1f} MB free{needed}'
+    return DiskFull(what, allowed=f"below {place}", fix=free_some_space(url))
+
+
+def free_some_space(url: str) -> str:
+    """What to do about a full disk on a device."""
+    ours = "" if url.startswith("local:") else " (what edgekd keeps of earlier runs: rm -r ~/.edgekd/files)"
+    return f"free some space there{ours}, and run it again: what was measured is kept for an hour"
 
 
 def not_signed(url: str, why: str) -> StageError:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edgekd.device import BusyError, Transport, not_fetched, not_signed, porter
+from edgekd.device import BusyError, Transport, disk_full, files_below, not_fetched, not_signed, porter, signers
 from edgekd.errors import RecipeError
 from edgekd.registry import register
 
@@ -63,13 +63,18 @@ class Local(Transport):
 
     def put(self, sources: Mapping[str, Path], folder: str) -> None:
         """Copy. Not a link: what runs there must not reach what is stored here."""
-        for name, source in sources.items():
-            target = Path(folder, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if source.is_dir():
-                shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
+        left = files_below(sources)
+        try:
+            for name, source in tuple(left.items()):
+                target = Path(folder, name)
+                target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
+                del left[name]
+        except OSError as error:
+            kind, *details = porter.refusal(error, folder, sum(file.stat().st_size for file in left.values())).args
+            if kind != "disk full":
+                raise
+            raise disk_full("local:", *details) from None
 
     def get(self, folder: str, name: str, target: Path, limit_bytes: int) -> None:
         """Copy one file out of the folder."""
@@ -83,7 +88,7 @@ class Local(Transport):
     def command(self, argv: Sequence[str], folder: str) -> tuple[list[str], Path | None]:
         """The command itself, in the folder."""
         try:
-            signer = porter.signer_of(str(Path(folder, porter.MANIFEST)))
-        except porter.RefusedError as error:
-            raise not_signed("local:", error.args[1]) from None
-        return ["env", f"{porter.SIGNED_BY}={signer}", *argv] if signer else list(argv), Path(folder)
+            signer = signers.signer_of(str(Path(folder, signers.MANIFEST)))
+        except signers.UnsignedError as error:
+            raise not_signed("local:", str(error)) from None
+        return ["env", f"{signers.SIGNED_BY}={signer}", *argv] if signer else list(argv), Path(folder)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
-from edgekd.device import porter
+from edgekd.device import porter, signers
 from edgekd.errors import MissingError, StageError
 
 CONNECT_TIMEOUT_S = 15
@@ -140,10 +140,8 @@ class Connection:
 
     def request(self, do: str, **arguments: Any) -> list[str]:
         """The command here that lets the porter do something there."""
-        text = base64.b64encode(zlib.compress(Path(porter.__file__).read_bytes(), 9)).decode()
-        code = f'import base64,zlib;exec(zlib.decompress(base64.b64decode("{text}")))'
         asked = base64.b64encode(json.dumps({"do": do, **arguments}).encode()).decode()
-        return self.argv(f"exec {shlex.quote(self.python)} -c {shlex.quote(code)} {asked}")
+        return self.argv(f"exec {shlex.quote(self.python)} -c {shlex.quote(program())} {asked}")
 
     def close(self) -> None:
         """Let it go."""
@@ -161,6 +159,13 @@ class Connection:
                 fix="log in and install it: sudo apt-get install python3",
             )
         return explained(address, "\n".join(error.lines))
+
+
+def program() -> str:
+    """The porter, with what it needs, in Python that fits into a command."""
+    texts = b"\0".join(Path(file).read_bytes() for file in (signers.__file__, porter.__file__))
+    packed = base64.b64encode(zlib.compress(texts, 9)).decode()
+    return f'import base64,zlib\nfor text in zlib.decompress(base64.b64decode("{packed}")).split(b"\\0"): exec(text)'
 
 
 class Conversation:

@@ -1,15 +1,14 @@
 """The device's end of a transport: keeps files and job folders there, and runs commands that end when we do.
 
-Stands alone: Python 3.8 and the standard library. Over ssh its text travels with every request, so that nothing must be
-installed on a board or kept in step with us.
+Stands alone with signers.py: Python 3.8 and the standard library. Over ssh their text travels with every request, so
+that nothing must be installed on a board or kept in step with us.
 
     ROOT/jobs/job-*            a folder per job, as root
     ROOT/files/SHA256          what was ever sent: it is not sent again
     ROOT/files/SHA256.part     ... as far as it has arrived
     TMP/edgekd.lock            locked while somebody's job has the device; says whose
 
-Where the device's owner lists keys, a job's folder runs only what one of them has signed: its manifest.json, and so the
-files that this lists by their sha256.
+Where the device's owner lists keys, a job's folder runs only what one of them has signed: see signers.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import ctypes
+import errno
 import fcntl
 import glob
 import hashlib
@@ -30,7 +30,10 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
+
+if __package__:  # over ssh its text comes before ours, and what it defines is here already
+    from .signers import MANIFEST, SIGNED_BY, UnsignedError, signer_of
 
 CHUNK_BYTES = 1 << 18
 STALE_JOB_S = 3600  # a job folder that nobody works in is kept so long for a benchmark to go on in
@@ -38,18 +41,19 @@ STALE_FILE_S = 30 * 86400
 HEARTBEAT_S = 10.0  # how often the host says that it is there
 SILENCE_S = 60.0  # after which it is taken for dead
 GRACE_S = 2.0
-MANIFEST = "manifest.json"
-# The owner's list, which no ordinary user can change, and the user's own; the first that is there counts.
-ALLOWED_SIGNERS = ("/etc/edgekd/allowed_signers", "~/.edgekd/allowed_signers")
-NAMESPACE = "edgekd"  # a signature for another purpose is not taken
-SIGNED_BY = "EDGEKD_SIGNED_BY"  # the variable that tells what runs who has signed it
 UNSIGNED = 77  # the exit status of what may not be run
-KEYGEN_TIMEOUT_S = 60.0
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 
 
 class RefusedError(Exception):
     """What was asked for cannot be done; the arguments go to the host as they are."""
+
+
+def refusal(error: OSError, place: str, lacking: int = 0) -> RefusedError:
+    """Why the system did not do it; on a full disk with the bytes free where we write, and those still lacking."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RefusedError("disk full", place, shutil.disk_usage(place).free, lacking)
+    return RefusedError("system", str(error))
 
 
 # ---------------------------------------------------------------- job folders
@@ -125,14 +129,26 @@ def receive(root: str, folder: str, incoming: BinaryIO, outgoing: BinaryIO) -> N
     sizes = dict(sent.values())
     wanted = {sha256: _size(os.path.join(files, sha256 + ".part")) for sha256 in sizes if not _here(files, sha256)}
     wanted = {sha256: here if here <= sizes[sha256] else 0 for sha256, here in wanted.items()}
-    lacking = sum(sizes[sha256] - here for sha256, here in wanted.items()) + sum(size for _, size in sent.values())
-    if lacking > shutil.disk_usage(root).free:
-        raise RefusedError("disk full", shutil.disk_usage(root).free, lacking)
+    free, lacking = shutil.disk_usage(root).free, _lacking(files, folder, sent)
+    if lacking > free:
+        raise RefusedError("disk full", root, free, lacking)
     _say(outgoing, wanted)
-    for sha256, here in wanted.items():
-        _take(os.path.join(files, sha256), here, sizes[sha256], incoming)
-    for path, (sha256, _) in sorted(sent.items()):
-        _place(os.path.join(files, sha256), os.path.join(folder, path))
+    try:
+        for sha256, here in wanted.items():
+            _take(os.path.join(files, sha256), here, sizes[sha256], incoming)
+        for path, (sha256, _) in sorted(sent.items()):
+            _place(os.path.join(files, sha256), os.path.join(folder, path))
+    except OSError as error:  # somebody else has filled the disk meanwhile
+        raise refusal(error, root, _lacking(files, folder, sent)) from None
+
+
+def _lacking(files: str, folder: str, sent: dict[str, list[Any]]) -> int:
+    """The bytes that are still to be written: what has not arrived, and its copies in the job's folder."""
+    arriving = {sha256: os.path.join(files, sha256) for sha256, _ in sent.values() if not _here(files, sha256)}
+    sizes = dict(sent.values())  # type: dict[str, int]
+    copies = {os.path.join(folder, path): size for path, (_, size) in sent.items()}  # type: dict[str, int]
+    lacking = sum(max(0, sizes[sha256] - _size(file + ".part")) for sha256, file in arriving.items())
+    return lacking + sum(max(0, size - _size(path)) for path, size in copies.items())
 
 
 def _take(file: str, here: int, size: int, incoming: BinaryIO) -> None:
@@ -276,72 +292,6 @@ def hold(lock: str, owner: dict[str, str], outgoing: BinaryIO) -> None:
     os.close(descriptor)
 
 
-# ---------------------------------------------------------------- what may be run
-
-
-def signer_of(manifest: str) -> str:
-    """Who has signed a manifest, JSON with `files`: {path below its folder: sha256}; empty where nobody asks for that.
-
-    Raises RefusedError("unsigned", why) when a signature, MANIFEST.sig, is asked for and is missing or not good, when a
-    file is not the one that was signed, and when there is a signature that nobody would check.
-    """
-    signature = manifest + ".sig"
-    places = [os.path.expanduser(place) for place in ALLOWED_SIGNERS]
-    lists = [place for place in places if not _is_absent(place)]
-    if not lists:
-        if os.path.exists(signature):
-            _refuse("is signed, and nobody would check it: there is no " + " or ".join(places))
-        return ""
-    if not os.path.exists(signature):
-        _refuse(f"is not signed, and {lists[0]} asks for a signature")
-    names = _ssh_keygen(["find-principals", "-s", signature, "-f", lists[0]], manifest).splitlines()
-    if not names:
-        _refuse(f"is signed by nobody whom {lists[0]} allows")
-    if not _ssh_keygen(["verify", "-s", signature, "-f", lists[0], "-I", names[0], "-n", NAMESPACE], manifest):
-        _refuse(f"is not what {names[0]} has signed")
-    with open(manifest, "rb") as file:
-        files = json.load(file)["files"]  # type: dict[str, str]
-    for name, sha256 in files.items():
-        if _sha256(os.path.join(os.path.dirname(manifest), name)) != sha256:
-            _refuse(f"is not what {names[0]} has signed: {name} differs")
-    return names[0]
-
-
-def _is_absent(path: str) -> bool:
-    """Not what leads nowhere, or is closed to us."""
-    try:
-        os.lstat(path)
-    except OSError as error:
-        return isinstance(error, (FileNotFoundError, NotADirectoryError))
-    return False
-
-
-def _refuse(why: str) -> NoReturn:
-    raise RefusedError("unsigned", "the bundle " + why) from None
-
-
-def _ssh_keygen(what: list[str], manifest: str) -> str:
-    """What ssh-keygen says when it agrees; empty when it does not."""
-    try:
-        with open(manifest, "rb") as content:
-            done = subprocess.run(
-                ["ssh-keygen", "-Y", *what], stdin=content, capture_output=True, timeout=KEYGEN_TIMEOUT_S, check=False
-            )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        _refuse(f"must be signed, and ssh-keygen cannot check that: {getattr(error, 'strerror', 'it takes too long')}")
-    return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else ""
-
-
-def _sha256(path: str) -> str:
-    """Of a file; empty when it cannot be read."""
-    digest = hashlib.sha256()
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
-            digest.update(chunk)
-        return digest.hexdigest()
-    return ""
-
-
 # ---------------------------------------------------------------- commands
 
 
@@ -350,8 +300,8 @@ def run(folder: str, argv: list[str]) -> int:
     heartbeat comes. Returns its exit status, 128 + N when signal N ended it, UNSIGNED when it may not be run."""
     try:
         signer = signer_of(os.path.join(folder, MANIFEST))
-    except RefusedError as error:
-        sys.stderr.write(f"{error.args[1]}\n")
+    except UnsignedError as error:
+        sys.stderr.write(f"{error}\n")
         return UNSIGNED
     for pid in processes_in(folder):  # what a lost connection left there: it must not run beside us
         _kill(pid, signal.SIGKILL)
@@ -442,7 +392,7 @@ def main(request: str) -> int:
     except RefusedError as error:
         _say(outgoing, {"refused": error.args})
     except OSError as error:
-        _say(outgoing, {"refused": ["system", str(error)]})
+        _say(outgoing, {"refused": refusal(error, arguments.get("root", tempfile.gettempdir())).args})
     return 0
 
 

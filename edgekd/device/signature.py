@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from edgekd.device.porter import NAMESPACE
+from edgekd.device.signers import NAMESPACE
 from edgekd.errors import MissingError, StageError
 
 TIMEOUT_S = 60.0  # a security key waits to be touched

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from edgekd.artifact import sha256_of
-from edgekd.device import BusyError, Transport, files_below, not_fetched, not_signed, porter, wait_for
+from edgekd.device import BusyError, Transport, disk_full, files_below, not_fetched, not_signed, porter, wait_for
 from edgekd.device.openssh import Address, Connection, Conversation, CutError, Held, UnreachableError
 from edgekd.device.process import Finished, last_lines
 from edgekd.errors import ConnectionLost, EdgekdError, RecipeError, StageError
@@ -195,12 +195,7 @@ class Ssh(Transport):
     def _refused(self, error: porter.RefusedError) -> Exception:
         reason, *details = error.args
         if reason == "disk full":
-            free, lacking = (number / 1e6 for number in details)
-            return StageError(
-                f'device "{self._address.url}": its disk is full: {free:.1f} MB free, {lacking:.1f} MB needed',
-                allowed=f"below {self._root}",
-                fix="free some space there; what edgekd keeps can go: rm -r ~/.edgekd/files",
-            )
+            return disk_full(self._address.url, *details)
         if reason == "system":
             what = f'device "{self._address.url}": {details[0]}'
             return StageError(what, allowed=f"below {self._root}", fix="mend that on the device, and run it again")

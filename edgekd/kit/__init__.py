@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from edgekd.device import files_below, porter
+from edgekd.device import files_below, signers
 
 HERE = Path(__file__).parent
 FOLDER = "edgekd-kit"
@@ -39,7 +39,7 @@ def packed(
     Returns:
         id: what the results must name, files: their number, size_bytes of the archive.
     """
-    files = {**files, "run.py": HERE / "run.py", "porter.py": Path(porter.__file__)}
+    files = {**files, "run.py": HERE / "run.py", "signers.py": Path(signers.__file__)}
     content = {path: file.read_bytes() for path, file in sorted(files_below(files).items())}
     sha256 = {path: hashlib.sha256(data).hexdigest() for path, data in content.items()}
     kinds = ["latency", "logits", *(["end_to_end"] if "pictures" in files else [])]

@@ -61,12 +61,12 @@ def _checked() -> dict[str, Any]:
 
 def _signer() -> str:
     """Who has signed the kit, where this machine's owner asks for that."""
-    import porter  # type: ignore[import-not-found]
+    import signers  # type: ignore[import-not-found]
 
     try:
-        return str(porter.signer_of(os.path.abspath(KIT)))
-    except porter.RefusedError as error:
-        raise KitError(error.args[1]) from None
+        return str(signers.signer_of(os.path.abspath(KIT)))
+    except signers.UnsignedError as error:
+        raise KitError(str(error)) from None
 
 
 def _built(subject: str, kit: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from edgekd import bench, kit
 from edgekd.artifact import key_of, sha256_of
 from edgekd.compiling import ENGINE
-from edgekd.device import AGENT, porter
+from edgekd.device import AGENT, signers
 from edgekd.stages.deploying import benchmark_options, engine_of, pictures_of
 from edgekd.stages.job import MODEL, Inputs, Job
 
@@ -43,7 +43,7 @@ def code_sha256(job: Job) -> str:
     files = [
         *AGENT.glob("*.py"),
         *kit.HERE.iterdir(),
-        Path(porter.__file__),
+        Path(signers.__file__),
         job.backend.runner,
         *job.backend.libraries(),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import private_sshd
 import pytest
+import small_disk
 import tensorrt_stand_in
 from private_sshd import kill
 from tiny_job import make_job
@@ -20,7 +22,7 @@ from edgekd import stages
 from edgekd.artifact import Artifact, sha256_of
 from edgekd.device import ssh
 from edgekd.device.porter import processes_in
-from edgekd.errors import ConnectionLost, StageError
+from edgekd.errors import ConnectionLost, DiskFull, StageError
 
 pytestmark = pytest.mark.skipif(bool(tensorrt_stand_in.missing()), reason=tensorrt_stand_in.missing())
 
@@ -130,11 +132,26 @@ def test_a_host_that_is_killed_while_the_board_builds_leaves_nothing_running_the
     assert not list((sshd.home / ".edgekd/jobs").glob("job-*"))
 
 
-def test_a_board_whose_disk_fills_up_over_ssh(sshd, board, build):
-    board.fails_by("disk")
-    with pytest.raises(StageError, match=r"No space left on device: model\.plan"):
-        build()
-    assert not running(sshd)
+def test_a_board_whose_disk_fills_up_over_ssh(sshd, board, url, build):
+    """The engine is larger than the disk; when there is space, the next build goes on with what was sent."""
+    board.fails_by("large")
+    with small_disk.mounted(sshd.home / ".edgekd", "10m") as disk:
+        with pytest.raises(DiskFull) as caught:
+            build()
+        (job,) = (sshd.home / ".edgekd/jobs").iterdir()
+        assert not list(job.glob("model.plan*")) and not (job / "build.json").exists() and not running(sshd)
+        board.fails_by("")
+        disk.resize("20m")
+        assert build()["evidence"] == "built_on_device"
+    assert re.fullmatch(
+        rf'no engine of the student on "{re.escape(url)}": No space left on device: '
+        rf"\d+\.\d MB free, 21\.0 MB needed: {job}/model\.plan",
+        caught.value.what,
+    )
+    assert caught.value.fix == (
+        "free some space there (what edgekd keeps of earlier runs: rm -r ~/.edgekd/files), and run it again: what was"
+        " measured is kept for an hour"
+    )
 
 
 def test_a_board_that_runs_out_of_memory_over_ssh(sshd, board, build):

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import small_disk
 
 from edgekd import registry
 from edgekd.device import Device
 from edgekd.device.porter import processes_in
-from edgekd.errors import RecipeError, StageError
+from edgekd.errors import DiskFull, RecipeError, StageError
 
 # A kit answers with what was recorded; it has tests of its own.
 TRANSPORTS = [name for name in registry.names("transport") if name != "kit"]
@@ -81,6 +82,22 @@ def test_files_and_folders_come_back_as_they_went(job, tmp_path):
         assert (tmp_path / "back").read_bytes() == content
     job.get("sent/tree; it's/empty", tmp_path / "back", limit_bytes=0)
     assert (tmp_path / "back").read_bytes() == b""
+
+
+def test_a_full_disk_of_this_machine(tmp_path):
+    (tmp_path / "engine").write_bytes(bytes(2_000_000))
+    (tmp_path / "other").write_bytes(bytes(500_000))
+    with small_disk.mounted(tmp_path / "work", "1m") as disk:
+        device = Device("local:", disk.folder)
+        with pytest.raises(DiskFull) as caught, device.job("put") as job:
+            job.put({"other": tmp_path / "other", "engine": tmp_path / "engine"})
+        disk.resize("5m")
+        with device.job("put") as job:
+            job.put({"other": tmp_path / "other", "engine": tmp_path / "engine"})
+            assert (Path(job.folder) / "engine").stat().st_size == 2_000_000
+    assert caught.value.what == 'device "local:": its disk is full: 0.0 MB free, 2.0 MB needed'
+    assert caught.value.allowed == f"below {disk.folder}/jobs/job-put"
+    assert caught.value.fix == "free some space there, and run it again: what was measured is kept for an hour"
 
 
 def test_what_was_put_is_a_copy(job, tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_disk
 
 from edgekd.backends import Engine, write_settings
 from edgekd.backends.null import Null
@@ -203,23 +204,38 @@ def test_launches_of_another_engine_are_not_taken_for_ours(url, sshd, tmp_path, 
     check(measure(url, tmp_path / "host"), sshd, interruptions=0)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="a small disk needs root: it is mounted")
-def test_a_disk_that_fills_up_in_the_middle(tmp_path):
-    folder = tmp_path / "host/jobs"
-    folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "edgekd-small", folder], check=True)
-    try:
+FULL = (
+    r"the disk is full: 0\.\d MB free, about \d+\.\d MB needed, in {}",
+    "free some space there{}, and run it again: what was measured is kept for an hour",
+)
+OURS = " (what edgekd keeps of earlier runs: rm -r ~/.edgekd/files)"
+
+
+def test_a_disk_that_is_too_small_for_what_is_measured(tmp_path):
+    with small_disk.mounted(tmp_path / "host/jobs", "200k") as disk:
         with pytest.raises(DiskFull) as caught:
             measure("local:", tmp_path / "host")
-        (job,) = (folder / "jobs").iterdir()
+        (job,) = (disk.folder / "jobs").iterdir()
         finished = len(list(job.glob("launch_*.json")))
-        subprocess.run(["mount", "-o", "remount,size=10m", folder], check=True)
+        disk.resize("10m")
         result = measure("local:", tmp_path / "host")
-    finally:
-        subprocess.run(["umount", folder], check=True)
-    assert re.fullmatch(r'benchmark on "local:": the disk is full: \d+ bytes free', caught.value.what)
-    assert caught.value.fix == "free some space there, and run it again: finished launches are kept for an hour"
+    assert re.fullmatch('benchmark on "local:": ' + FULL[0].format(job), caught.value.what)
+    assert caught.value.fix == FULL[1].format("")
     assert result["interruptions"] == (finished > 0)
+
+
+def test_a_board_whose_disk_is_filled_meanwhile_keeps_what_was_measured(url, sshd, tmp_path):
+    with small_disk.mounted(sshd.home / ".edgekd", "20m") as disk:
+        other = after_launches(sshd, 1, disk.fill)
+        with pytest.raises(DiskFull) as caught:
+            measure(url, tmp_path / "host")
+        other.join()
+        (job,) = jobs(sshd)
+        assert finished_launches(sshd)
+        disk.empty()
+        check(measure(url, tmp_path / "host"), sshd, interruptions=1)
+    assert re.fullmatch(f'benchmark on "{re.escape(url)}": ' + FULL[0].format(job), caught.value.what)
+    assert caught.value.fix == FULL[1].format(OURS)
 
 
 def test_a_board_without_numpy_says_how_to_install_it(sshd, tmp_path):

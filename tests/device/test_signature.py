@@ -14,7 +14,7 @@ from test_interruptions import jobs, measure
 from tiny_job import make_job
 
 from edgekd import stages
-from edgekd.device import Device, porter
+from edgekd.device import Device, signers
 from edgekd.device.signature import sign
 from edgekd.errors import MissingError, StageError
 
@@ -41,7 +41,7 @@ def allow(file, name, key):
 def bundle(tmp_path, keys, monkeypatch):
     """A manifest of one file; below /etc a list with Anna's key."""
     places = (str(tmp_path / "etc/allowed_signers"), str(tmp_path / "home/allowed_signers"))
-    monkeypatch.setattr(porter, "ALLOWED_SIGNERS", places)
+    monkeypatch.setattr(signers, "ALLOWED_SIGNERS", places)
     allow(tmp_path / "etc/allowed_signers", "anna", keys["anna"])
     (tmp_path / "run.py").write_text("print(1)")
     manifest = tmp_path / "manifest.json"
@@ -50,18 +50,46 @@ def bundle(tmp_path, keys, monkeypatch):
 
 
 def refused(bundle):
-    with pytest.raises(porter.RefusedError) as caught:
-        porter.signer_of(str(bundle))
-    kind, why = caught.value.args
-    assert kind == "unsigned"
-    return why.replace(str(bundle.parent), "")
+    with pytest.raises(signers.UnsignedError) as caught:
+        signers.signer_of(str(bundle))
+    return str(caught.value).replace(str(bundle.parent), "")
 
 
 def test_a_good_signature_names_its_signer(bundle, keys):
     sign(bundle, str(keys["anna"]))
-    assert porter.signer_of(str(bundle)) == "anna"
+    assert signers.signer_of(str(bundle)) == "anna"
     sign(bundle, str(keys["anna"]))  # again, over the old one
-    assert porter.signer_of(str(bundle)) == "anna"
+    assert signers.signer_of(str(bundle)) == "anna"
+
+
+@pytest.mark.parametrize(
+    ("lines", "signer"),
+    [
+        (["anna,bob {key}"], "anna"),
+        (["!anna,bob {key}"], "bob"),
+        (['anna namespaces="file" {key}', 'bob namespaces="edgekd" {key}'], "bob"),
+        (["# the lab's", "", 'anna valid-before="20200101" {key}', '"bob of the lab" {key}'], "bob of the lab"),
+        (["mallory {other}", 'anna namespaces="git,edgekd" {key}'], "anna"),
+        (["*@lab {key}"], "*@lab"),
+    ],
+)
+def test_whoever_of_a_list_ssh_keygen_lets_sign_is_named(bundle, keys, lines, signer):
+    """A key may stand there for several people, and for several purposes."""
+    listed = bundle.parent / "etc/allowed_signers"
+    public = {name: (key.parent / f"{key.name}.pub").read_text().strip() for name, key in keys.items()}
+    listed.write_text("\n".join(lines).format(key=public["anna"], other=public["mallory"]) + "\n")
+    sign(bundle, str(keys["anna"]))
+    assert signers.signer_of(str(bundle)) == signer
+    bundle.write_text('{"files": {}}')
+    assert refused(bundle).startswith("the bundle is not what ")
+
+
+def test_a_key_that_is_listed_for_other_purposes_alone(bundle, keys):
+    allow(bundle.parent / "etc/allowed_signers", "anna", keys["anna"])
+    listed = bundle.parent / "etc/allowed_signers"
+    listed.write_text(listed.read_text().replace('"edgekd"', '"file"'))
+    sign(bundle, str(keys["anna"]))
+    assert refused(bundle) == "the bundle is not what anna has signed"
 
 
 def test_a_manifest_that_was_tampered_with(bundle, keys):
@@ -108,7 +136,7 @@ def test_a_signature_that_nobody_checks(bundle, keys):
         "the bundle is signed, and nobody would check it: there is no /etc/allowed_signers or /home/allowed_signers"
     )
     allow(bundle.parent / "home/allowed_signers", "anna", keys["anna"])
-    assert porter.signer_of(str(bundle)) == "anna"
+    assert signers.signer_of(str(bundle)) == "anna"
 
 
 def test_the_owners_list_wins_over_the_users(bundle, keys):
@@ -125,7 +153,7 @@ def test_a_list_that_leads_nowhere_asks_for_a_signature_too(bundle):
 
 def test_no_list_and_no_signature(bundle):
     (bundle.parent / "etc/allowed_signers").unlink()
-    assert porter.signer_of(str(bundle)) == ""
+    assert signers.signer_of(str(bundle)) == ""
 
 
 def test_a_board_without_ssh_keygen(bundle, keys, monkeypatch):
@@ -231,7 +259,7 @@ def test_a_board_builds_what_is_signed(guarded, keys, tmp_path):
 
 def test_this_machine_asks_for_signatures_too(keys, tmp_path, monkeypatch):
     listed = tmp_path / "allowed_signers"
-    monkeypatch.setattr(porter, "ALLOWED_SIGNERS", (str(listed),))
+    monkeypatch.setattr(signers, "ALLOWED_SIGNERS", (str(listed),))
     allow(listed, "anna", keys["anna"])
     with pytest.raises(StageError) as caught:
         Device("local:", tmp_path).facts()

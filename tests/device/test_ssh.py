@@ -18,11 +18,12 @@ from pathlib import Path
 
 import private_sshd
 import pytest
+import small_disk
 
 from edgekd.device import Device, openssh, ssh
 from edgekd.device.openssh import Address, explained
 from edgekd.device.porter import processes_in
-from edgekd.errors import ConnectionLost, EdgekdError, MissingError, RecipeError, StageError
+from edgekd.errors import ConnectionLost, DiskFull, EdgekdError, MissingError, RecipeError, StageError
 
 
 def wait_until(condition, seconds=30):
@@ -243,12 +244,13 @@ def test_a_command_goes_on_as_long_as_heartbeats_come(sshd, device, tmp_path, mo
         assert job.run(["sleep", "40"], timeout=50).status == -signal.SIGTERM
 
 
-def test_a_command_ends_when_no_heartbeat_comes(tmp_path):
+def test_a_command_ends_when_no_heartbeat_comes(tmp_path, monkeypatch):
     """The host was switched off: the connection stands, and nobody is at its other end."""
     porter = Path(ssh.porter.__file__).read_text().replace("SILENCE_S = 60.0", "SILENCE_S = 0.3")
     (tmp_path / "porter.py").write_text(porter)
+    monkeypatch.setattr(ssh.porter, "__file__", str(tmp_path / "porter.py"))
     request = base64.b64encode(json.dumps({"do": "run", "folder": str(tmp_path), "argv": ["sleep", "100"]}).encode())
-    with subprocess.Popen([sys.executable, tmp_path / "porter.py", request], stdin=subprocess.PIPE) as ours:
+    with subprocess.Popen([sys.executable, "-c", openssh.program(), request], stdin=subprocess.PIPE) as ours:
         assert ours.wait(60) == 128 + signal.SIGTERM
 
 
@@ -349,18 +351,56 @@ def test_a_login_shell_that_talks(sshd, tmp_path):
     assert error.what.endswith("its login shell prints before a command runs: b'Welcome to the board\\n'")
 
 
-def test_a_full_disk(sshd, device, tmp_path, monkeypatch):
-    # As the board would see it: a porter to whom the disk has 1 MB left.
-    small = tmp_path / "porter.py"
-    source = Path(ssh.porter.__file__).read_text()
-    small.write_text(source.replace("shutil.disk_usage(root).free", "1_000_000"))
+FULL = "free some space there (what edgekd keeps of earlier runs: rm -r ~/.edgekd/files), and run it again: what was"
+FULL += " measured is kept for an hour"
+
+
+def test_a_disk_that_is_too_small_for_what_is_sent(sshd, device, tmp_path):
     (tmp_path / "engine").write_bytes(bytes(2_000_000))
-    with device.job() as job:
-        monkeypatch.setattr(ssh.porter, "__file__", str(small))
-        with pytest.raises(StageError) as caught:
+    with small_disk.mounted(sshd.home / ".edgekd", "3m") as disk:
+        with pytest.raises(DiskFull) as caught, device.job("sent") as job:
             job.put({"engine": tmp_path / "engine"})
-    assert caught.value.what == 'device "ssh://board": its disk is full: 1.0 MB free, 4.0 MB needed'
-    assert caught.value.fix == "free some space there; what edgekd keeps can go: rm -r ~/.edgekd/files"
+        assert Path(job.folder).exists()  # what an earlier run has measured in there is not lost
+        disk.resize("10m")
+        with device.job("sent") as job:
+            job.put({"engine": tmp_path / "engine"})
+    assert caught.value.what == 'device "ssh://board": its disk is full: 3.1 MB free, 4.0 MB needed'
+    assert (caught.value.allowed, caught.value.fix) == (f"below {sshd.home}/.edgekd", FULL)
+
+
+def test_a_disk_that_is_filled_while_something_is_sent(sshd, device, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    size = 60_000_000
+    (tmp_path / "engine").write_bytes(os.urandom(size))
+    files = sshd.home / ".edgekd/files"
+
+    def arrived():
+        return sum(part.stat().st_size for part in files.glob("*.part")) > size // 10
+
+    with small_disk.mounted(sshd.home / ".edgekd", "150m") as disk:
+        other = threading.Thread(target=lambda: wait_until(arrived) and disk.fill())
+        other.start()
+        with pytest.raises(DiskFull) as caught, device.job("sent") as job:
+            job.put({"engine": tmp_path / "engine"})
+        other.join()
+        assert not (Path(job.folder) / "engine").exists() or (Path(job.folder) / "engine").stat().st_size < size
+        disk.empty()
+        with device.job("sent") as job:
+            job.put({"engine": tmp_path / "engine"})
+            assert (Path(job.folder) / "engine").read_bytes() == (tmp_path / "engine").read_bytes()
+    free, needed = re.search(r"its disk is full: ([\d.]+) MB free, ([\d.]+) MB needed", caught.value.what).groups()
+    assert float(free) < 1 and 1 < float(needed) < 114  # what had arrived is not needed again
+    sent, kept = map(int, re.search(r"(\d+) bytes sent, (\d+) were there", caplog.text).groups())
+    assert kept > size // 10 and sent + kept == size
+
+
+def test_a_disk_with_no_room_at_all(sshd, device):
+    with small_disk.mounted(sshd.home / ".edgekd", "1m") as disk:
+        disk.fill()
+        with pytest.raises(DiskFull) as caught:
+            device.facts()
+    assert caught.value.what.startswith('device "ssh://board": its disk is full: 0.0 MB free')
+    assert caught.value.fix == FULL
 
 
 def test_a_folder_that_cannot_be_written(sshd, tmp_path):
@@ -414,11 +454,12 @@ def test_a_board_cannot_write_more_than_was_asked_for_nor_anywhere_else(sshd, tm
     assert (tmp_path / "run/result.json.part").stat().st_size <= 1000
 
 
-def test_the_porter_needs_python_3_8_and_its_library_only():
-    tree = ast.parse(Path(ssh.porter.__file__).read_text(), feature_version=(3, 8))
+@pytest.mark.parametrize("module", [openssh.porter, openssh.signers])
+def test_what_comes_with_a_command_needs_python_3_8_and_its_library_only(module):
+    tree = ast.parse(Path(module.__file__).read_text(), feature_version=(3, 8))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported <= sys.stdlib_module_names
+    assert imported <= {"signers", *sys.stdlib_module_names}
 
 
 def test_an_ssh_error_that_is_not_known_is_shown_as_it_is():

@@ -18,6 +18,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import time
 from typing import Any, NamedTuple
 
@@ -237,7 +238,10 @@ def write(path: str, content: bytes) -> None:
         with open(path + ".part", "wb") as file:
             file.write(content)
         os.replace(path + ".part", path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(path + ".part")
-        raise
+        path = os.path.abspath(path)
+        free = shutil.disk_usage(os.path.dirname(path)).free
+        room = f"{error.strerror}: {free / 1e6:.1f} MB free, {len(content) / 1e6:.1f} MB needed"
+        raise OSError(error.errno, room, path) from None
