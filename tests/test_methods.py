@@ -66,6 +66,21 @@ def test_kd_has_the_gradient_of_its_formula(logits):
     np.testing.assert_allclose(batch.x.grad.numpy(), 0.6 * softened + 0.4 * hard, rtol=1e-4, atol=1e-7)
 
 
+def test_kd_learns_from_images_without_labels_too(logits):
+    teacher, student, labels = logits
+    options = {"unlabelled_weight": {"linear": [0.4, 0.0]}, "temperature": 3.0}
+    method = registry.create("method", "kd", options=options)
+    assert method.needs_target and not registry.create("method", "kd").needs_target
+    rng = np.random.default_rng(1)
+    unlabelled = torch.from_numpy(rng.normal(0, 2, (7, K)).astype(np.float32))
+    batch = step(teacher, student, labels)
+    batch._target, batch._ask_teacher = unlabelled, lambda x: x.flip(1)
+    terms = method(batch)
+    p, q = softmax(unlabelled.flip(1).numpy() / 3), softmax(unlabelled.numpy() / 3)
+    assert terms.keys() == {"ce", "kd", "unlabelled_kd"}
+    assert terms["unlabelled_kd"].item() == pytest.approx(0.2 * 9 * (p * np.log(p / q)).sum() / 7, rel=1e-5)
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_scratch_computes_its_formula(logits, label_smoothing):
     _, student, labels = logits

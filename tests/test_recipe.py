@@ -174,7 +174,7 @@ def test_an_override_that_is_not_yaml():
         (("  method: kd", "  methd: kd"), [
             "error: edgekd.yaml:12: distill.methd is not a known key or option of method kd",
             "       known: cache_teacher, ce_weight, confidence, kd_weight, kl_reduction, method, scratch, selective,"
-            ' tau_squared, temperature, train   (closest: "method")',
+            ' tau_squared, temperature, train, unlabelled_weight   (closest: "method")',
             "fix:   write distill.method, or see: edgekd list methods"]),
         (("distill:", "distil:"), [
             "error: edgekd.yaml:11: distil is not a known key",

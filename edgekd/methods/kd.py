@@ -12,7 +12,10 @@ With schedules it is also the annealed distillation of a sensor's successor (Van
 `kd_weight: {linear: [1, 0]}`) and the falling temperature of KDAS-ReID (Lei et al., Algorithms 14(5), 2021:
 `temperature: {linear: [8, 1]}`). Both papers' abstracts tell the idea; their schedules are not known here [R].
 Selective distillation is Van Molle's second finding, and its two rules are a reconstruction [R] too: the samples that
-the teacher does not get right, or is not sure of, have no KL and their cross-entropy at full weight.
+the teacher does not get right, or is not sure of, have no KL and their cross-entropy at full weight. Where labels are
+few, the teacher can also answer for images that have none, which is our own addition to the sum [R]:
+
+    unlabelled_weight * tau^2 * KL(softmax(teacher / tau) || softmax(student / tau)) of a batch of those
 
 In segmentation every pixel has a KL, and their mean is taken; the loss on the labels is the task's, which has a Dice
 beside the cross-entropy, and so the teacher has one beside KL: kd_weight * (1 - soft Dice of both networks).
@@ -28,7 +31,7 @@ from torch.nn import functional as F
 from edgekd.errors import RecipeError, shown
 from edgekd.methods import Method, Setting, Step
 from edgekd.methods.divergence import divergences, from_teacher, softening
-from edgekd.methods.options import above_zero, from_zero_to_one
+from edgekd.methods.options import above_zero, at_least_zero, from_zero_to_one
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at, values_of
 
@@ -44,6 +47,7 @@ class KD(Method):
     kl_reduction: `batchmean` sums KL over the classes, `mean` averages over them as well.
     selective: distil only where the teacher is `right`, or `sure` of the label; elsewhere labels alone teach.
     confidence: `sure` is a teacher that gives the label a probability above this.
+    unlabelled_weight: weight of KL on the images of data.target_domain, whose labels are not used; 0 needs none.
     """
 
     tasks = ("classification", "segmentation")
@@ -58,6 +62,7 @@ class KD(Method):
         kl_reduction: Literal["batchmean", "mean"] = "batchmean",
         selective: Literal["right", "sure"] | None = None,
         confidence: float | Schedule = 0.5,
+        unlabelled_weight: float | Schedule = 0.0,
     ) -> None:
         super().__init__()
         self.kd_weight, self.ce_weight, self.temperature = kd_weight, ce_weight, temperature
@@ -66,6 +71,8 @@ class KD(Method):
         if temperature is not None:
             above_zero("temperature", temperature, 4)
         from_zero_to_one("confidence", confidence, 0.5)
+        at_least_zero("unlabelled_weight", unlabelled_weight, 1)
+        self.unlabelled_weight, self.needs_target = unlabelled_weight, max(values_of(unlabelled_weight)) > 0
         weights = values_of(kd_weight)
         others = [1 - weight for weight in weights] if ce_weight is None else values_of(ce_weight)
         if min(*weights, *others) < 0:
@@ -87,17 +94,25 @@ class KD(Method):
             )
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        """{ce: scalar, kd: scalar}; with joint: scalar for pixels."""
+        """{ce: scalar, kd: scalar}; with joint: scalar for pixels, and both again for images without labels."""
         kd_weight = value_at(self.kd_weight, step.progress)
         ce_weight = 1 - kd_weight if self.ce_weight is None else value_at(self.ce_weight, step.progress)
         if self.selective is not None:
-            return self._selected(step, kd_weight, ce_weight)
-        weights = kd_weight * self._scale(step), kd_weight
-        tau = softening(self.temperature, step)
-        return {
-            "ce": ce_weight * step.label_loss(),
-            **from_teacher(step, step.teacher_logits, step.student_logits, weights, tau),
-        }
+            terms = self._selected(step, kd_weight, ce_weight)
+        else:
+            terms = {"ce": ce_weight * step.label_loss()}
+            terms |= self._distilled(step, step.teacher_logits, step.student_logits, kd_weight)
+        if self.needs_target:
+            answers, student = step.ask_teacher(step.target).detach(), step.student(step.target).float()
+            weight = value_at(self.unlabelled_weight, step.progress)
+            terms |= self._distilled(step, answers, student, weight, "unlabelled_")
+        return terms
+
+    def _distilled(
+        self, step: Step, teacher: Tensor, student: Tensor, weight: float, name: str = ""
+    ) -> dict[str, Tensor]:
+        weights = weight * self._scale(step), weight
+        return from_teacher(step, teacher, student, weights, softening(self.temperature, step), name)
 
     def _selected(self, step: Step, kd_weight: float, ce_weight: float) -> dict[str, Tensor]:
         """The same sum where the teacher is trusted; cross-entropy with both weights elsewhere."""
