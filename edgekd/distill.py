@@ -34,7 +34,7 @@ from edgekd.data.batches import Batch, Batches, UnlabelledBatches, evaluation_ba
 from edgekd.errors import StageError
 from edgekd.learning_rate import learning_rate
 from edgekd.methods import Method, Step
-from edgekd.methods.attachment import attach
+from edgekd.methods.attachment import attach, check_batch_norm, check_replays
 from edgekd.methods.taps import answer
 from edgekd.recipe import Augment, Train
 from edgekd.teacher_logits import TeacherLogits, checked_logits, is_changing
@@ -101,7 +101,7 @@ def train(
     run = _Run(network, dataset, spec, method, teacher, augment, seed, work, logits_cache)
     run.resume()
     while run.epoch < spec.epochs:
-        for batch in run.batches.epoch(run.epoch, start=run.position):
+        for batch in run.batches.epoch(run.epoch, start=run.position, replays=run.replays):
             run.step(batch)
             on_progress(Progress(run.done, run.total, run.history[-1] if run.history else {}))
         run.end_epoch()
@@ -180,7 +180,6 @@ class _Run:
         self.batches = Batches(
             dataset.train, dataset, batch_size=spec.batch_size, augment=augment, seed=seed, device=self.device,
             rank=self.rank, world=self.accelerator.num_processes, channels_last=spec.channels_last,
-            replays=method.replays,
         )  # fmt: skip
         self.target = None
         if method.needs_target and dataset.target is not None:
@@ -202,6 +201,7 @@ class _Run:
         self.method = method.to(self.device)
         smallest = min(spec.batch_size, len(dataset.train) // self.accelerator.num_processes)
         check_batch_norm(nn.ModuleList([network, method]), smallest)
+        check_replays(method, len(self.batches))
         self.logits = None
         # A table holds logits alone: a teacher whose features are wanted has to compute.
         if (
@@ -231,12 +231,17 @@ class _Run:
         """Batches since the start of the training."""
         return self.epoch * len(self.batches) + self.position
 
+    @property
+    def replays(self) -> int:
+        """How many steps in a row take the same batch in this epoch."""
+        return self.method.replays_at(self.epoch / self.spec.epochs)
+
     def step(self, batch: Batch) -> None:
         """One batch forward and back; the weights move when `accumulate` batches are together or the epoch ends."""
         update, number = divmod(self.position, self.spec.accumulate)
         together = min(self.spec.accumulate, len(self.batches) - update * self.spec.accumulate)
         moves = number == together - 1
-        given: dict[str, Any] = {"replay": self.position % self.method.replays}
+        given: dict[str, Any] = {"replay": self.position % self.replays}
         if self.teacher is not None:
             given |= {"teacher": lambda: self._teacher_logits(batch), "ask_teacher": self._ask_teacher}
         if self.target is not None:
@@ -291,7 +296,7 @@ class _Run:
             raise self._diverged(*[*steps, (f"by step {self.done}", wrong)][0])
         self.unseen.clear()
         # Between replays of a batch a method may hold what a resumed run could not: there is no checkpoint there.
-        between = self.position % self.method.replays == 0
+        between = self.position % self.replays == 0
         if between and time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
             self._save()
 
@@ -428,13 +433,3 @@ def _seed_random(device: torch.device, *position: object) -> None:
     torch.default_generator.manual_seed(number)  # not torch.manual_seed: it asks for every kind of device, in 0.15 ms
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(number)
-
-
-def check_batch_norm(network: nn.Module, batch_size: int) -> None:
-    """Raise StageError when batch normalisation would see a single sample."""
-    if batch_size == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-        raise StageError(
-            "the network has batch normalisation, which learns nothing from a batch of one sample",
-            allowed="expected: at least 2 samples a step and process",
-            fix="raise train.batch_size, or give more training samples",
-        )

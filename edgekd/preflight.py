@@ -206,10 +206,12 @@ def _check_without_images(job: Job, to_make: Collection[str]) -> None:
 def _check_method(job: Job, built: Mapping[str, nn.Module], spec: Train, *, finetuning: bool = False) -> Method:
     from torch import nn
 
-    from edgekd import distill
     from edgekd.methods import attachment
 
     method = job.method(finetuning=finetuning)
     attachment.attach(method, built["student"], built["teacher"], job.dataset, spec)
-    distill.check_batch_norm(nn.ModuleList([built["student"], method]), min(spec.batch_size, len(job.dataset.train)))
+    count = len(job.dataset.train)
+    size = min(spec.batch_size, count)
+    attachment.check_batch_norm(nn.ModuleList([built["student"], method]), size)
+    attachment.check_replays(method, count // size)
     return method

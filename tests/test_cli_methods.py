@@ -48,11 +48,21 @@ def folder(tiny):
             ["at least 2 samples a step", "fix:   raise train.batch_size"],
         ),
         (
+            ["distill.method=dfad", "distill.train.batch_size=90"], 4,
+            "error: the method takes every batch 5 times in a row, and an epoch has 2 steps",
+            ["as many steps in an epoch at least", "fix:   lower train.batch_size or how often the method replays"],
+        ),
+        (
+            ["distill.method=online_peers", "distill.student_taps=[]"], 2,
+            "error: --set: distill.student_taps names 0 modules, and the method taps one",
+            ["expected: the path of the module", "fix:   name one in distill.student_taps, or leave it out"],
+        ),
+        (
             ["teacher=null"], 2, "error: --set: teacher = null is not valid",
             ["expected: mapping", "fix:"],
         ),
     ],
-    ids=["tap", "generator", "classes", "batch", "teacher"],
+    ids=["tap", "generator", "classes", "batch", "replays", "taps", "teacher"],
 )  # fmt: skip
 def test_what_cannot_be_learned_is_told_before_training(main, folder, given, code, what, rest):
     found, out, err = main("distill", "tiny.yaml", "-q", *(word for one in given for word in ("--set", one)))

@@ -78,7 +78,7 @@ def test_test_images_alone_score_the_student(teacher, tmp_path):
             "       expected: a teacher that was trained elsewhere",
             "fix:   --set teacher.checkpoint=FILE"]),
         (["distill.method=kd"], [
-            "error: the method KD learns from images, and data.source = none has none",
+            "error: the method kd learns from images, and data.source = none has none",
             "       methods that make their own: dfad",
             "fix:   --set distill.method=dfad, or name a data set"]),
         (["distill.train.schedule=plateau"], [

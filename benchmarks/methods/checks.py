@@ -220,7 +220,7 @@ def decorrelation(seed: int, only: Sequence[str]) -> Iterator[Result]:
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (dataset.mean, dataset.std))
     method = DecorrelatedPrune()
     method.attach(student, None, Setting(x[:2], y, dataset.num_classes, mean, std, 1, lambda n: x[:n]))
-    method(Step(x, y, progress=method.ready, student=student, teacher=lambda: student(x)))
+    method(Step(x, y, progress=method.prune_at, student=student, teacher=lambda: student(x)))
     found: dict[str, list[float]] = {}
     for images in ("train", "test"):
         given = outputs(student, [*method._convs], torch.from_numpy(dataset.normalized(images)))

@@ -37,8 +37,7 @@ class Batches:
     The order is a pure function of (seed, epoch); the augmentation of sample i is a pure function of (augment.seed,
     epoch, i), whatever batch or process it falls into. With `world` processes, the batches of all ranks together are
     those of one process with `world` times the batch size. The last, incomplete batch of an epoch is left out, unless
-    it is the only one: then it is used, and shared out equally. With `replays`, so many batches in a row are the same
-    one; their number stays.
+    it is the only one: then it is used, and shared out equally.
 
     augment.crop pads with that many black pixels on every side and cuts a window of the old size out at a random
     place (black before normalisation, as in He et al., CVPR 2016, section 4.2, as usually implemented); augment.flip
@@ -57,7 +56,6 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         channels_last: bool = False,
-        replays: int = 1,
     ) -> None:
         if len(split) < world:
             raise DataError(
@@ -70,7 +68,7 @@ class Batches:
         self._labels = torch.from_numpy(split.labels).to(device)
         self._maps = dataset.task.per_pixel
         self._normalize = Normalize(dataset, device, channels_last)
-        self._augment, self._seed, self._rank, self._replays = augment, seed, rank, replays
+        self._augment, self._seed, self._rank = augment, seed, rank
         self._size = min(batch_size, len(split) // world)
         self._global_size = self._size * world
 
@@ -78,12 +76,15 @@ class Batches:
         """Batches per epoch."""
         return len(self._labels) // self._global_size
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on, which is how a resumed run skips those it has done."""
+    def epoch(self, epoch: int, start: int = 0, replays: int = 1) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on, which is how a resumed run skips those it has done.
+
+        replays: so many in a row are the same batch; the number of batches stays.
+        """
         order = torch.randperm(len(self._labels), generator=_generator("order", self._seed, epoch)).to(self.device)
         changes = self._drawn(epoch)
         for number in range(start, len(self)):
-            first = number // self._replays * self._global_size + self._rank * self._size
+            first = number // replays * self._global_size + self._rank * self._size
             index = order[first : first + self._size]
             labels = self._moved(self._labels, index, changes, IGNORED) if self._maps else self._labels[index]
             yield Batch(index, self._images_at(index, changes), labels)

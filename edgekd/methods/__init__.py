@@ -30,8 +30,8 @@ class Setting:
     """What a method may know of the training before it begins.
 
     example: float32 [B, C, H, W], two training images or more, normalised, on the networks' device; images(n): n of
-    them, or all there are. labels: [N, ...] of all training samples, for the task. mean, std: [C, 1, 1], what the
-    images were normalised with, on the 0..1 scale.
+    them, from all over the split, or all there are. labels: [N, ...] of all training samples, for the task. mean, std:
+    [C, 1, 1], what the images were normalised with, on the 0..1 scale.
     """
 
     example: Tensor
@@ -136,7 +136,6 @@ class Method(nn.Module):
     needs_images: whether it learns from the data's images; without, the student is not asked about them.
     uses_all_parameters: whether every step gives a gradient to all that the method owns.
     replays: how many steps in a row take the same batch. An epoch has as many steps as ever, on fewer samples.
-    ready: from which share of the training on the student is one to keep, as far as `constrain` is concerned.
     """
 
     tasks: tuple[str, ...] | None = ("classification",)
@@ -146,9 +145,18 @@ class Method(nn.Module):
     needs_images: bool = True
     uses_all_parameters: bool = True
     replays: int = 1
-    ready: float = 0.0
     student_taps: Taps = NO_TAPS
     teacher_taps: Taps = NO_TAPS
+
+    @property
+    def ready(self) -> float:
+        """From which share of the training on the student is one to keep, as far as `constrain` knows by now."""
+        return 0.0
+
+    def replays_at(self, progress: float) -> int:
+        """`replays` in the epoch that begins at this share of the training."""
+        del progress
+        return self.replays
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
         """Prepare for these two networks, once, before training: taps, projectors. Most methods need nothing.

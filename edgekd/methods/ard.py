@@ -68,13 +68,10 @@ class ARD(Method):
         self.tau_squared, self.kl_reduction = tau_squared, kl_reduction
         above_zero("temperature", temperature, 30)
         above_zero("step_size", step_size, 2)
-        for name, option in (
-            ("kd_weight", kd_weight),
-            ("ce_weight", ce_weight),
-            ("epsilon", epsilon),
-            ("steps", steps),
-        ):
-            at_least_zero(name, option, 1)
+        at_least_zero("kd_weight", kd_weight, 1)
+        at_least_zero("ce_weight", ce_weight, 0)
+        at_least_zero("epsilon", epsilon, 8)
+        at_least_zero("steps", steps, 10)
         if replays is not None and replays < 2:
             raise RecipeError(
                 f"distill.replays = {replays} is not valid",

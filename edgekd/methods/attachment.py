@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from edgekd import registry
 from edgekd.data import Dataset
-from edgekd.errors import RecipeError
+from edgekd.errors import RecipeError, StageError
 from edgekd.methods import Method, Setting
 from edgekd.recipe import Train
 
@@ -19,14 +20,14 @@ def attach(method: Method, student: nn.Module, teacher: nn.Module | None, datase
     """
     if method.needs_teacher and teacher is None:
         raise RecipeError(
-            f"the method {type(method).__name__} learns from a teacher, and there is none",
+            f"the method {name_of(method)} learns from a teacher, and there is none",
             allowed="methods without a teacher: see needs_teacher in their files, scratch for one",
             fix="give a teacher, or set distill.method = scratch",
             key="distill.method",
         )
     if method.needs_target and dataset.target is None:
         raise RecipeError(
-            f"the method {type(method).__name__} learns from images of a target domain, and the recipe names none",
+            f"the method {name_of(method)} learns from images of a target domain, and the recipe names none",
             allowed="data.target_domain: SOURCE or {SOURCE: {option: value}}, like data.source; labels are not used",
             fix="--set 'data.target_domain={folder: {path: FOLDER}}', or another distill.method",
             key="data.target_domain",
@@ -34,7 +35,7 @@ def attach(method: Method, student: nn.Module, teacher: nn.Module | None, datase
     if method.needs_images and "train" in dataset.stand_ins:
         makers = [entry.name for entry in registry.entries("method") if not getattr(entry.load(), "needs_images", True)]
         raise RecipeError(
-            f"the method {type(method).__name__} learns from images, and data.source = {dataset.name} has none",
+            f"the method {name_of(method)} learns from images, and data.source = {dataset.name} has none",
             allowed=f"methods that make their own: {', '.join(makers)}",
             fix=f"--set distill.method={makers[0]}, or name a data set",
             key="distill.method",
@@ -53,18 +54,26 @@ def attach(method: Method, student: nn.Module, teacher: nn.Module | None, datase
     labels = torch.from_numpy(dataset.train.labels).to(device)
 
     def images(n: int) -> Tensor:
-        return torch.from_numpy(dataset.normalize(dataset.train.images[:n])).to(device)
+        # From all over the split: folders are read class by class.
+        chosen = np.linspace(0, len(dataset.train) - 1, min(n, len(dataset.train))).round().astype(np.int64)
+        return torch.from_numpy(dataset.normalize(dataset.train.images[chosen])).to(device)
 
     setting = Setting(images(2), labels, dataset.num_classes, mean, std, spec.epochs, images, dataset.task)
     method.attach(student, teacher, setting)
-    taps = method.student_taps.paths + method.teacher_taps.paths
-    if taps and spec.compile:
+    if (taps := method.student_taps.paths) and spec.compile:
         raise RecipeError(
-            "train.compile = true cannot be combined with a method that taps features",
+            "train.compile = true cannot be combined with a method that taps features of the student",
             allowed=f"the compiled network does not call the modules that are tapped: {', '.join(taps)}",
             fix="set distill.train.compile = false",
             key="distill.train.compile",
         )
+
+
+def name_of(method: Method) -> str:
+    """What a recipe calls it; of one that is not registered, its class."""
+    kind = type(method)
+    found = (e.name for e in registry.entries("method") if (e.module, e.attribute) == (kind.__module__, kind.__name__))
+    return next(found, kind.__name__)
 
 
 def _check_task(method: Method, dataset: Dataset) -> None:
@@ -73,10 +82,9 @@ def _check_task(method: Method, dataset: Dataset) -> None:
         task = dataset.task.name
         others = [entry.name for entry in registry.entries("method") if _takes(entry, task)]
         raise RecipeError(
-            f"the method {type(method).__name__} learns {' or '.join(method.tasks) or 'no task at all'},"
-            f" and {dataset.name} is for {task}",
+            f"the method {name_of(method)} learns {' or '.join(method.tasks)}, and {dataset.name} is for {task}",
             allowed=f"methods for {task}: {', '.join(others)}",
-            fix=f"--set distill.method={task if task in others else others[0]}",
+            fix=f"--set distill.method={next((one for one in (task, 'kd') if one in others), others[0])}",
             key="distill.method",
         )
 
@@ -84,3 +92,23 @@ def _check_task(method: Method, dataset: Dataset) -> None:
 def _takes(entry: registry.Entry, task: str) -> bool:
     tasks = getattr(entry.load(), "tasks", None)
     return tasks is None or task in tasks
+
+
+def check_batch_norm(network: nn.Module, batch_size: int) -> None:
+    """Raise StageError when batch normalisation would see a single sample."""
+    if batch_size == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        raise StageError(
+            "the network has batch normalisation, which learns nothing from a batch of one sample",
+            allowed="expected: at least 2 samples a step and process",
+            fix="raise train.batch_size, or give more training samples",
+        )
+
+
+def check_replays(method: Method, batches: int) -> None:
+    """Raise StageError when an epoch ends before its first batch has been replayed as often as the method asks."""
+    if method.replays > batches:
+        raise StageError(
+            f"the method takes every batch {method.replays} times in a row, and an epoch has {batches} steps",
+            allowed="expected: as many steps in an epoch at least",
+            fix="lower train.batch_size or how often the method replays, or give more training samples",
+        )

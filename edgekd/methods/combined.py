@@ -9,6 +9,7 @@ Every method has weights of its own among its options, and these are the weights
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -45,20 +46,40 @@ class _Several(Method):
             )
         known = [part.tasks for _, part in self.named_parts() if part.tasks is not None]
         self.tasks = tuple(task for task in known[0] if all(task in own for own in known)) if known else None
+        if self.tasks == ():
+            own = (f"{name} learns {' or '.join(part.tasks or ['any'])}" for name, part in self.named_parts())
+            raise RecipeError(
+                f"distill.methods have no task in common: {', '.join(own)}",
+                allowed="expected: methods that can all learn what the data asks for",
+                fix="leave out those that are for other tasks",
+                key="distill.methods",
+            )
         self.needs_teacher = any(part.needs_teacher for _, part in self.named_parts())
         self.needs_target = any(part.needs_target for _, part in self.named_parts())
         self.needs_modules = any(part.needs_modules for _, part in self.named_parts())
         self.needs_images = any(part.needs_images for _, part in self.named_parts())
         self.uses_all_parameters = all(part.uses_all_parameters for _, part in self.named_parts())
         self.replays = max(part.replays for _, part in self.named_parts())
-        self.ready = max(part.ready for _, part in self.named_parts())
+
+    @property
+    def ready(self) -> float:
+        """When the last of them is."""
+        return max(part.ready for _, part in self.named_parts())
+
+    def replays_at(self, progress: float) -> int:
+        """Of the one that replays."""
+        return max(part.replays_at(progress) for _, part in self.named_parts())
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
         """Attach each of them; all their taps are taps of this one."""
-        for _, part in self.named_parts():
-            part.attach(student, teacher, setting)
+        for (_, part), epochs in zip(self.named_parts(), self.epochs_of(setting), strict=True):
+            part.attach(student, teacher, replace(setting, epochs=epochs))
             self.student_taps = self.student_taps | part.student_taps
             self.teacher_taps = self.teacher_taps | part.teacher_taps
+
+    def epochs_of(self, setting: Setting) -> list[int]:
+        """How many each of them has."""
+        return [setting.epochs] * len(self.parts)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Those of all of them."""
@@ -68,12 +89,6 @@ class _Several(Method):
         """Constrain the student by each of them, in order."""
         for _, part in self.named_parts():
             part.constrain(student, step_size=step_size, progress=progress)
-
-    def finetuning(self) -> Method:
-        """The same, of what each of them trains on by."""
-        for name, part in self.named_parts():
-            self.parts[name] = part.finetuning()
-        return self
 
     def scheduled(self, progress: float) -> dict[str, float]:
         """Those of all of them, each under its method's name."""
@@ -102,6 +117,21 @@ class Combined(_Several):
 
     def __init__(self, *, methods: list[MethodChoice]) -> None:
         super().__init__(methods)
+        replaying = {name: part.replays for name, part in self.named_parts() if part.replays > 1}
+        if len(set(replaying.values())) > 1:
+            said = ", ".join(f"{name} {number} times" for name, number in replaying.items())
+            raise RecipeError(
+                f"distill.methods take every batch more than once, and not as often as each other: {said}",
+                allowed="expected: the same number of all that replay batches",
+                fix="give them the same number, or train one after the other: distill.method = staged",
+                key="distill.methods",
+            )
+
+    def finetuning(self) -> Method:
+        """The same, of what each of them trains on by."""
+        for name, part in self.named_parts():
+            self.parts[name] = part.finetuning()
+        return self
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """{ce or task: scalar, NAME_TERM: scalar for every other term of every method}."""
@@ -135,8 +165,17 @@ class Staged(_Several):
                 fix=f"--set 'distill.epochs={[1] * len(methods)}', and so on",
                 key="distill.epochs",
             )
+
+    @property
+    def ready(self) -> float:
+        """When the last of them is that makes one wait, each in its own stage."""
         spans = zip([0.0, *self.ends], self.ends, self.named_parts(), strict=False)
-        self.ready = max([start + part.ready * (end - start) for start, end, (_, part) in spans if part.ready] or [0.0])
+        return max([start + part.ready * (end - start) for start, end, (_, part) in spans if part.ready] or [0.0])
+
+    def replays_at(self, progress: float) -> int:
+        """Of the method whose turn it is."""
+        part, own = self._turn(progress)
+        return part.replays_at(own)
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
         """Attach all of them. Raises RecipeError when their epochs are not those of the training."""
@@ -148,6 +187,15 @@ class Staged(_Several):
                 key="distill.epochs",
             )
         super().attach(student, teacher, setting)
+
+    def epochs_of(self, setting: Setting) -> list[int]:
+        """Those of its stage."""
+        return self.epochs
+
+    def finetuning(self) -> Method:
+        """What the last of them trains on by: all before it are done."""
+        _, last = self.named_parts()[-1]
+        return last.finetuning()
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """The terms of the method whose turn it is."""

@@ -65,7 +65,7 @@ class DecorrelatedPrune(Method):
         temperature: float | Schedule = 4.0,
     ) -> None:
         super().__init__()
-        self.macs, self.ready, self.kd_weight, self.temperature = macs, prune_at, kd_weight, temperature
+        self.macs, self.prune_at, self.kd_weight, self.temperature = macs, prune_at, kd_weight, temperature
         above_zero("temperature", temperature, 4)
         from_zero_to_one("kd_weight", kd_weight, 0.7)
         for name, share in (("macs", macs), ("prune_at", prune_at)):
@@ -78,6 +78,11 @@ class DecorrelatedPrune(Method):
                 )
         self.paths: list[str] = []
         self.decided: Tensor
+
+    @property
+    def ready(self) -> float:
+        """When the pruning is done; in a training of few steps the batches before `prune_at` may have shown nothing."""
+        return self.prune_at if self.decided else 1.0
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
         """Find the convolutions. Raises RecipeError for a student without any."""
@@ -105,7 +110,7 @@ class DecorrelatedPrune(Method):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """{ce: scalar, kd: scalar}."""
-        if not self.decided and step.progress >= self.ready - WINDOW:
+        if not self.decided and step.progress >= self.prune_at - WINDOW:
             self._observe(step)
         tau, kd_weight = value_at(self.temperature, step.progress), value_at(self.kd_weight, step.progress)
         return {
@@ -116,7 +121,7 @@ class DecorrelatedPrune(Method):
     def constrain(self, student: nn.Module, *, step_size: float, progress: float) -> None:
         """From the pruning on: the weights are brought back to the components that were kept."""
         if not self.decided:
-            if progress < self.ready or not self.get_buffer("in_count_0"):
+            if progress < self.prune_at or not self.get_buffer("in_count_0"):
                 return
             self._decide(student)
         with torch.no_grad():
@@ -126,15 +131,15 @@ class DecorrelatedPrune(Method):
                 weight.copy_(torch.einsum("po,oihw,iq->pqhw", out, weight, into))
 
     def _observe(self, step: Step) -> None:
-        """Add up what the convolutions read and give for this batch."""
+        """Add up what the convolutions read and give for this batch, of all processes."""
 
         def adder(number: int) -> Any:
             def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
                 for side, maps in (("in", inputs[0]), ("out", output)):
                     values = maps.detach().float().movedim(1, -1).flatten(0, -2)
-                    self.get_buffer(f"{side}_count_{number}").add_(len(values))
-                    self.get_buffer(f"{side}_sum_{number}").add_(values.sum(0))
-                    self.get_buffer(f"{side}_squares_{number}").add_(values.T @ values)
+                    sums = {"count": values.new_tensor(len(values)), "sum": values.sum(0), "squares": values.T @ values}
+                    for name, value in sums.items():
+                        self.get_buffer(f"{side}_{name}_{number}").add_(_of_all_processes(value))
 
             return add
 
@@ -165,9 +170,8 @@ class DecorrelatedPrune(Method):
         self.decided.fill_(1)
 
     def _spectrum(self, side: str, number: int) -> Spectrum:
-        """Over all processes."""
         count, total, squares = (
-            _summed(self.get_buffer(f"{side}_{name}_{number}").double()) for name in ("count", "sum", "squares")
+            self.get_buffer(f"{side}_{name}_{number}").double() for name in ("count", "sum", "squares")
         )
         mean = total / count
         values, vectors = torch.linalg.eigh(squares / count - mean[:, None] * mean)
@@ -192,7 +196,8 @@ def components(values: Tensor, share: float) -> int:
     return int(reached.long().argmax()) + 1 if reached.any() else len(values)
 
 
-def _summed(values: Tensor) -> Tensor:
+def _of_all_processes(values: Tensor) -> Tensor:
+    """The sum over them, in every batch: between batches the first one's buffers replace those of all others."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values

@@ -29,11 +29,13 @@ from edgekd.methods import Method, Setting, Step
 from edgekd.methods.divergence import divergence
 from edgekd.methods.features import pooled
 from edgekd.methods.options import above_zero, at_least_zero, from_zero_to_one
-from edgekd.methods.taps import Taps, default_taps
+from edgekd.methods.taps import Taps, one_tap
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
 
 KERNELS, FACTOR = 5, 2.0
+# Progress is a quotient of batches: at the start of an epoch it may fall short by rounding.
+ROUNDING = 1e-9
 
 
 @register("method", "domain_kd")
@@ -70,8 +72,7 @@ class DomainKD(Method):
         """Copy the teacher, and tap the copy."""
         assert teacher is not None
         self.adapted = copy.deepcopy(teacher).requires_grad_(True).train()
-        paths = self.paths if self.paths is not None else default_taps(teacher, "embedding", "teacher")
-        self._taps = Taps(self.adapted, paths[:1], "teacher")
+        self._taps = Taps(self.adapted, [one_tap(self.paths, teacher, "teacher")], "teacher")
         self._taps.probe(self.adapted, setting.example)
         self.epochs = setting.epochs
 
@@ -85,7 +86,8 @@ class DomainKD(Method):
     def forward(self, step: Step) -> dict[str, Tensor]:
         """{ce, kd_source, kd_target: of the student; teacher_ce, teacher_mmd: of the teacher's copy; scalars}."""
         beta, alpha, tau = (value_at(option, step.progress) for option in (self.beta, self.alpha, self.temperature))
-        gamma = 2 / (1 + math.exp(-10 * (step.progress * self.epochs % 1))) - 1
+        within = (step.progress * self.epochs + ROUNDING) % 1  # of the epoch
+        gamma = 2 / (1 + math.exp(-10 * within)) - 1
         if self._optimizer is not None:
             lr = value_at(self.teacher_lr, step.progress) / (1 + 10 * step.progress) ** 0.75
             self._optimizer.param_groups[0]["lr"] = lr

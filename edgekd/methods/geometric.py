@@ -60,6 +60,7 @@ class Geometric(FeatureMethod):
         self.neighbours, self.sites = neighbours, sites
         above_zero("temperature", temperature, 0.5)
         above_zero("neighbours", neighbours, 4)
+        above_zero("sites", sites, 64)
         at_least_zero("weight", weight, 1)
         at_least_zero("ce_weight", ce_weight, 1)
 

@@ -27,7 +27,7 @@ from edgekd.methods import Method, Setting, Step
 from edgekd.methods.divergence import divergence
 from edgekd.methods.features import pooled
 from edgekd.methods.options import above_zero, at_least_zero
-from edgekd.methods.taps import Taps, default_taps
+from edgekd.methods.taps import Taps, one_tap
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
 
@@ -70,14 +70,14 @@ class OnlinePeers(Method):
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
         """Make the peers, and the projections of the attention."""
-        paths = self.paths if self.paths is not None else default_taps(student, "embedding", "student")
+        path = one_tap(self.paths, student, "student")
         for _ in range(self.count):
             peer = copy.deepcopy(student).train()
             for module in peer.modules():
                 if callable(initialise := getattr(module, "reset_parameters", None)):
                     initialise()
             self.peers.append(peer)
-            self._taps.append(Taps(peer, paths[:1], "student"))
+            self._taps.append(Taps(peer, [path], "student"))
         (feature,) = self._taps[0].probe(self.peers[0], setting.example).values()
         size = pooled(feature).shape[1]
         self.query = nn.Linear(size, max(1, size // SMALLER), bias=False)

@@ -61,19 +61,25 @@ class RobustPrune(Method):
         steps: int = 10,
     ) -> None:
         super().__init__()
-        self.prune, self.sparsity, self.penalty, self.ready = prune, sparsity, penalty, debias
+        self.prune, self.sparsity, self.penalty, self.debias = prune, sparsity, penalty, debias
         self.kd_weight, self.temperature = kd_weight, temperature
         self.epsilon, self.step_size, self.steps = epsilon, step_size, steps
         above_zero("temperature", temperature, 4)
         above_zero("step_size", step_size, 2)
-        for name, option in (("penalty", penalty), ("epsilon", epsilon), ("steps", steps)):
-            at_least_zero(name, option, 1)
+        at_least_zero("penalty", penalty, 5e-4)
+        at_least_zero("epsilon", epsilon, 8)
+        at_least_zero("steps", steps, 10)
         from_zero_to_one("kd_weight", kd_weight, 0.7)
         a_share("sparsity", 0 if sparsity is None else sparsity, 0.5)
         a_share("debias", debias, 0.5)
         self.mean: Tensor
         self.std: Tensor
         self.decided: Tensor
+
+    @property
+    def ready(self) -> float:
+        """When debiasing begins."""
+        return self.debias
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
         """Find what is pruned together; and remember what images are. Raises RecipeError for a student without any."""
@@ -120,7 +126,7 @@ class RobustPrune(Method):
     def constrain(self, student: nn.Module, *, step_size: float, progress: float) -> None:
         """A proximal step; from debiasing on, what has been pruned stays 0."""
         if not self.decided:
-            if progress < self.ready:
+            if progress < self.debias:
                 self._pruned.shrink(student, step_size * value_at(self.penalty, progress))
                 return
             strength = self._pruned.strength(student)

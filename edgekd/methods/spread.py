@@ -34,7 +34,7 @@ from edgekd.methods.divergence import divergence
 from edgekd.methods.features import pooled
 from edgekd.methods.options import a_share, above_zero, at_least_zero, from_zero_to_one
 from edgekd.methods.partition import Floats, Indices, coactivations, correlations, louvain_groups, spectral_groups
-from edgekd.methods.taps import Taps, default_taps
+from edgekd.methods.taps import Taps, one_tap
 from edgekd.networks import Spread
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
@@ -88,8 +88,7 @@ class SpreadOverBoards(Method):
                 fix="--set student.network=spread --set student.part=resnet",
                 key="student.network",
             )
-        paths = self.paths or default_taps(teacher, "embedding", "teacher")
-        self.teacher_taps = Taps(teacher, paths[:1], "teacher")
+        self.teacher_taps = Taps(teacher, [one_tap(self.paths, teacher, "teacher")], "teacher")
         self.student_taps = Taps(student, [f"parts.{number}" for number in range(len(student.parts))], "student")
         seen = [self.teacher_taps.probe(teacher, x) for x in setting.images(IMAGES).split(BATCH)]
         features = torch.cat([pooled(*one.values()) for one in seen])

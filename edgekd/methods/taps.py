@@ -145,6 +145,19 @@ def default_taps(network: nn.Module, place: Place, owner: Owner) -> list[str]:
     )
 
 
+def one_tap(paths: Sequence[str] | None, network: nn.Module, owner: Owner) -> str:
+    """The one path of an embedding; None is the default's. Raises RecipeError for none or several."""
+    given = default_taps(network, "embedding", owner) if paths is None else paths
+    if len(given) != 1:
+        raise RecipeError(
+            f"distill.{owner}_taps names {len(given)} modules, and the method taps one",
+            allowed="expected: the path of the module whose output is the embedding",
+            fix=f"name one in distill.{owner}_taps, or leave it out",
+            key=f"distill.{owner}_taps",
+        )
+    return given[0]
+
+
 def _ends_of_stages(network: MobileNetV2) -> list[str]:
     """The last block before each halving of the map, and the last of all."""
     strides = [max(max(m.stride) for m in block.modules() if isinstance(m, nn.Conv2d)) for block in network.blocks]

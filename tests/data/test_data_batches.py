@@ -33,8 +33,8 @@ def by_sample(batches: Batches, epoch: int) -> dict[int, np.ndarray]:
     return {int(i): x.numpy() for b in batches.epoch(epoch) for i, x in zip(b.index, b.x, strict=True)}
 
 
-def order(batches: Batches, epoch: int, start: int = 0) -> list[list[int]]:
-    return [batch.index.tolist() for batch in batches.epoch(epoch, start)]
+def order(batches: Batches, epoch: int, start: int = 0, replays: int = 1) -> list[list[int]]:
+    return [batch.index.tolist() for batch in batches.epoch(epoch, start, replays)]
 
 
 def test_without_augmentation_a_batch_is_the_normalised_split():
@@ -220,8 +220,8 @@ def test_replayed_batches_are_the_first_ones_of_the_epoch(world):
     dataset = dataset_of()
     for rank in range(world):
         once, thrice = (
-            order(batches_of(dataset, world=world, rank=rank, batch_size=4, replays=replays), 1) for replays in (1, 3)
+            order(batches_of(dataset, world=world, rank=rank, batch_size=4), 1, replays=replays) for replays in (1, 3)
         )
         assert len(once) > 4 and thrice == [once[number // 3] for number in range(len(once))]
-        late = order(batches_of(dataset, world=world, rank=rank, batch_size=4, replays=3), 1, start=2)
+        late = order(batches_of(dataset, world=world, rank=rank, batch_size=4), 1, start=2, replays=3)
         assert late == thrice[2:]

@@ -5,11 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from method_pairs import attached, cross_entropy, network, pair, setting, softmax, step_of
+from method_pairs import (
+    attached,
+    cross_entropy,
+    digits_for,
+    network,
+    pair,
+    setting,
+    softmax,
+    step_of,
+    student_of,
+    teacher_of,
+)
 from torch.nn import functional as F
 
 from edgekd import data, distill, networks, registry
-from edgekd.errors import RecipeError
+from edgekd.errors import RecipeError, StageError
 from edgekd.methods.attacks import PIXEL, Ball, evaluating, pgd, withstood
 from edgekd.recipe import Augment, Train
 
@@ -187,5 +198,44 @@ def test_replays_that_are_none(replays):
 
 
 def test_a_combination_replays_as_its_parts_do():
-    method = registry.create("method", "combined", options={"methods": ["kd", {"ard": {"replays": 4}}]})
-    assert method.replays == 4
+    replayed = {"ard": {"replays": 4}}
+    method = registry.create("method", "combined", options={"methods": ["kd", replayed]})
+    assert method.replays == method.replays_at(0.5) == 4
+    staged = registry.create("method", "staged", options={"methods": ["kd", replayed, "kd"], "epochs": [1, 1, 2]})
+    assert [staged.replays_at(epoch / 4) for epoch in range(4)] == [1, 4, 1, 1]
+    with pytest.raises(RecipeError) as caught:
+        registry.create("method", "combined", options={"methods": [replayed, "kd", "dfad"]})
+    assert str(caught.value) == (
+        "error: distill.methods take every batch more than once, and not as often as each other: ard 4 times,"
+        " dfad 5 times\n"
+        "       expected: the same number of all that replay batches\n"
+        "fix:   give them the same number, or train one after the other: distill.method = staged"
+    )
+
+
+def test_stages_replay_each_their_own_batches(tmp_path):
+    """One batch in a row in the first epoch, three in the second."""
+    dataset, seen = digits_for("classification"), []
+    method = registry.create("method", "staged", options={"methods": ["kd", {"ard": {"replays": 3}}], "epochs": [1, 1]})
+    method.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].index.tolist())))
+    distill.train(
+        student_of("ard", 10), dataset, Train(epochs=2, batch_size=9), method, teacher=teacher_of("ard", 10),
+        augment=Augment(), seed=0, work=tmp_path,
+    )  # fmt: skip
+    first, second = seen[:6], seen[6:]
+    assert len(set(first)) == 6 and [len(set(second[at : at + 3])) for at in (0, 3)] == [1, 1] and len(set(second)) == 2
+
+
+def test_an_epoch_too_short_to_replay_a_batch(tmp_path):
+    """The generator of dfad would never move."""
+    with pytest.raises(StageError) as caught:
+        distill.train(
+            student_of("dfad", 10), digits_for("classification"), Train(epochs=1, batch_size=20),
+            registry.create("method", "dfad", options={"latent": 8}), teacher=teacher_of("dfad", 10),
+            augment=Augment(), seed=0, work=tmp_path,
+        )  # fmt: skip
+    assert str(caught.value) == (
+        "error: the method takes every batch 5 times in a row, and an epoch has 2 steps\n"
+        "       expected: as many steps in an epoch at least\n"
+        "fix:   lower train.batch_size or how often the method replays, or give more training samples"
+    )

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from method_pairs import attached, cross_entropy, one_step, pair, softmax, step_of
+from method_pairs import attached, cross_entropy, one_step, pair, setting, softmax, step_of
 from tiny_job import make_job
 
 from edgekd import data, pipeline, registry
@@ -65,6 +65,16 @@ def test_domain_kd_computes_its_formula():
         "teacher_mmd": (1 - beta) * gamma * mmd(*features),
     }
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_every_epoch_begins_without_the_discrepancy():
+    """15 / 22 * 22 falls short of 15 by rounding."""
+    student, teacher = pair()
+    method = registry.create("method", "domain_kd")
+    method.attach(student, teacher, setting(22))
+    for epoch in (0, 15):
+        assert method(step_of(method, student, teacher, epoch / 22))["teacher_mmd"].item() == pytest.approx(0, abs=1e-6)
+    assert method(step_of(method, student, teacher, 15.5 / 22))["teacher_mmd"].item() > 0.01
 
 
 def test_beta_goes_from_a_tenth_to_nine_tenths():
@@ -130,7 +140,7 @@ def test_a_recipe_without_a_target_domain():
     with pytest.raises(RecipeError) as caught:
         attachment.attach(registry.create("method", "domain_kd"), student, teacher, digits(), Train(epochs=1))
     assert str(caught.value) == (
-        "error: the method DomainKD learns from images of a target domain, and the recipe names none\n"
+        "error: the method domain_kd learns from images of a target domain, and the recipe names none\n"
         "       data.target_domain: SOURCE or {SOURCE: {option: value}}, like data.source; labels are not used\n"
         "fix:   --set 'data.target_domain={folder: {path: FOLDER}}', or another distill.method"
     )

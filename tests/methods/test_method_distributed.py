@@ -1,10 +1,11 @@
-"""Every method trains in several processes: real ones."""
+"""Every method trains in several processes: real ones, which train by one method after the other."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import socket
+import traceback
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,27 @@ from edgekd.recipe import Augment, Train
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["edgekd.distill", "edgekd.networks", "sklearn.datasets"])
+METHODS = registry.names("method")
+# A process whose partner is gone waits for it no longer than this.
+SECONDS = 280
 
 
-def train_here(name: str, folder: Path, environment: dict[str, str]) -> None:
+def train_here(folder: Path, environment: dict[str, str]) -> None:
+    """Train by every method, into a file each; what goes wrong is written in its place."""
     os.environ.update(environment)
     torch.set_num_threads(1)
+    for name in METHODS:
+        file = folder / f"{name}-{environment['RANK']}"
+        try:
+            torch.save(trained(name, folder / f"{name}-work"), file.with_suffix(".pt"))
+        except BaseException:
+            file.with_suffix(".txt").write_text(traceback.format_exc())
+            raise
+    torch.distributed.destroy_process_group()
+
+
+def trained(name: str, work: Path) -> list[dict[str, torch.Tensor]]:
+    """The state of student and method after two epochs."""
     method = registry.create("method", name, options=OPTIONS.get(name, {}))
     dataset = digits_for(task_of(method).name)
     (outputs,) = dataset.outputs
@@ -28,11 +45,10 @@ def train_here(name: str, folder: Path, environment: dict[str, str]) -> None:
     start = {key: value.clone() for key, value in student.state_dict().items()}
     distill.train(
         student, dataset, Train(epochs=2, batch_size=6, lr=0.02, keep="last"), method,
-        teacher=teacher if method.needs_teacher else None, augment=Augment(crop=1), seed=0, work=folder / "work",
+        teacher=teacher if method.needs_teacher else None, augment=Augment(crop=1), seed=0, work=work,
     )  # fmt: skip
     assert any(not torch.equal(value, start[key]) for key, value in student.named_parameters())
-    torch.save([student.state_dict(), method.state_dict()], folder / f"trained-{environment['RANK']}.pt")
-    torch.distributed.destroy_process_group()
+    return [student.state_dict(), method.state_dict()]
 
 
 def free_port() -> int:
@@ -41,24 +57,39 @@ def free_port() -> int:
         return made.getsockname()[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", registry.names("method"))
-def test_two_processes_end_with_the_same_student_and_the_same_method(name, tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What both processes have made, in files that `of` reads."""
+    made = tmp_path_factory.mktemp("distributed")
     shared = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"ACCELERATE_USE_CPU": "1", "LOCAL_WORLD_SIZE": "2"}
     children = [
-        FORKED.Process(target=train_here, args=(name, tmp_path, shared | {"RANK": rank, "LOCAL_RANK": rank}))
+        FORKED.Process(target=train_here, args=(made, shared | {"RANK": rank, "LOCAL_RANK": rank}))
         for rank in ("0", "1")
     ]
     for child in children:
         child.start()
     for child in children:
-        child.join(280)
-    exits = [child.exitcode for child in children]
-    for child in children:
+        child.join(SECONDS)
         child.kill()
-    assert exits == [0, 0]
-    (student, method), others = (torch.load(tmp_path / f"trained-{rank}.pt") for rank in (0, 1))
+    return made
+
+
+def of(name: str, folder: Path) -> list[list[dict[str, torch.Tensor]]]:
+    """By process: the states of student and method."""
+    for file in sorted(folder.glob("*.txt")):
+        if file.name.startswith(f"{name}-"):
+            pytest.fail(file.read_text())
+    files = [folder / f"{name}-{rank}.pt" for rank in (0, 1)]
+    if not all(file.exists() for file in files):
+        pytest.fail(f"both processes ended before {name}: {[file.name for file in folder.glob('*.txt')]}")
+    return [torch.load(file) for file in files]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_end_with_the_same_student_and_the_same_method(name, folder):
+    (student, method), others = of(name, folder)
     for own, other in zip((student, method), others, strict=True):
         # Statistics of batch normalisation are each process's own; those of the student are shared at the end.
         for key in own:
@@ -68,3 +99,11 @@ def test_two_processes_end_with_the_same_student_and_the_same_method(name, tmp_p
     assert not method or any(
         not torch.equal(value, start[key]) for key, value in method.items() if value.shape == start[key].shape
     )
+
+
+@pytest.mark.slow
+def test_decorrelated_prune_sees_the_images_of_all_processes(folder):
+    """Nothing was seen before `prune_at`, then one batch was: 6 images in each process, of 8x8 sites."""
+    (_, method), _ = of("decorrelated_prune", folder)
+    assert method["decided"] == 1
+    assert method["in_count_0"] == 2 * 6 * 8 * 8

@@ -273,6 +273,28 @@ def test_a_quantizer_trains_the_smaller_student_by_plain_distillation(name):
     assert [type(part).__name__ for _, part in combined.named_parts()] == ["KD", "RKD"]
 
 
+def test_stages_leave_a_quantizer_to_the_last_and_tell_each_its_own_epochs():
+    methods = [{"domain_kd": {}}, {"robust_prune": {"temperature": 3.0}}]
+    method = registry.create("method", "staged", options={"methods": methods, "epochs": [1, 3]})
+    student, teacher = pair()
+    method.attach(student, teacher, setting(4))
+    assert method.parts["domain_kd"].epochs == 1
+    last = method.finetuning()
+    assert type(last).__name__ == "KD" and last.temperature == 3.0
+
+
+def test_a_student_is_ready_when_it_is_pruned_and_not_before():
+    """With one batch before `prune_at` nothing has been seen by then."""
+    student, teacher = pair()
+    method = attached("decorrelated_prune", student, teacher)
+    assert method.ready == 1.0
+    method.constrain(student, step_size=0.1, progress=0.5)
+    assert method.ready == 1.0
+    method(step_of(method, student, teacher, 0.5))
+    method.constrain(student, step_size=0.1, progress=1.0)
+    assert method.ready == 0.5
+
+
 def test_stages_constrain_in_turn_and_what_was_pruned_stays():
     student, teacher = pair()
     options = {

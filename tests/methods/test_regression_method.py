@@ -38,8 +38,8 @@ def test_weights_that_leave_nothing_to_learn_are_refused():
     ("target", "name", "options", "fix"),
     [
         ("slant", "dkd", {}, "regression"),
-        ("class", "regression", {}, "angular"),
-        ("slant", "combined", {"methods": ["regression", "dkd"]}, "regression"),
+        ("class", "regression", {}, "kd"),
+        ("slant", "combined", {"methods": ["rkd", "dkd"]}, "regression"),
     ],
 )
 def test_a_method_refuses_a_task_that_it_does_not_learn(target, name, options, fix):

@@ -6,13 +6,14 @@ import json
 
 import pytest
 import torch
-from method_pairs import SHAPE, attached, network, pair, setting, step_of
+from method_pairs import SHAPE, attached, network, pair, setting, step_of, student_of, teacher_of
 from plain_networks import PLAIN_NETWORKS
 from torch import Tensor, nn
 
 from edgekd import data, distill, networks, registry
 from edgekd.data import Dataset, Shape
 from edgekd.errors import RecipeError
+from edgekd.methods import Method, Setting, attachment
 from edgekd.methods.taps import Taps, default_taps
 from edgekd.recipe import Augment, Train
 
@@ -229,7 +230,7 @@ def test_a_teacher_for_other_images(name, digits, tmp_path):
 
 def test_a_method_that_needs_a_teacher_without_one(digits, tmp_path):
     assert trained(digits, tmp_path, "kd", ten(), None) == (
-        "error: the method KD learns from a teacher, and there is none\n"
+        "error: the method kd learns from a teacher, and there is none\n"
         "       methods without a teacher: see needs_teacher in their files, scratch for one\n"
         "fix:   give a teacher, or set distill.method = scratch"
     )
@@ -237,8 +238,8 @@ def test_a_method_that_needs_a_teacher_without_one(digits, tmp_path):
 
 def test_taps_and_compilation(digits, tmp_path):
     assert trained(digits, tmp_path, "rkd", ten(), ten(), compile=True) == (
-        "error: train.compile = true cannot be combined with a method that taps features\n"
-        "       the compiled network does not call the modules that are tapped: pool, pool\n"
+        "error: train.compile = true cannot be combined with a method that taps features of the student\n"
+        "       the compiled network does not call the modules that are tapped: pool\n"
         "fix:   set distill.train.compile = false"
     )
 
@@ -277,6 +278,12 @@ def test_stages_and_combinations_that_make_no_sense(digits, tmp_path):
         "       expected: one method or more, NAME or {NAME: {option: value}}\n"
         "fix:   --set 'distill.methods=[kd]'"
     )
+    assert message("combined", methods=["kd", "rkd", "regression"]) == (
+        "error: distill.methods have no task in common: kd learns classification or segmentation, rkd learns any,"
+        " regression learns regression\n"
+        "       expected: methods that can all learn what the data asks for\n"
+        "fix:   leave out those that are for other tasks"
+    )
     assert message("staged", methods=["kd", "rkd"], epochs=[5]) == (
         "error: distill.epochs = [5] does not fit 2 methods\n"
         "       expected: a number of epochs, at least 1, for each method\n"
@@ -313,6 +320,39 @@ def test_bounds_hold_for_every_value_of_a_schedule(name, option, value, allowed,
         f"       expected: {allowed}\n"
         f"fix:   --set distill.{option}={example}"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("online_peers", "student_taps"), ("domain_kd", "teacher_taps"), ("spread", "teacher_taps")]
+)
+@pytest.mark.parametrize("paths", [[], ["stages.0", "pool"]])
+def test_a_method_that_taps_one_module_is_given_none_or_two(name, option, paths):
+    with pytest.raises(RecipeError) as caught:
+        attached(name, student_of(name), teacher_of(name), **{option: paths})
+    assert str(caught.value) == (
+        f"error: distill.{option} names {len(paths)} modules, and the method taps one\n"
+        "       expected: the path of the module whose output is the embedding\n"
+        f"fix:   name one in distill.{option}, or leave it out"
+    )
+
+
+def test_images_for_a_method_come_from_all_over_the_split(digits):
+    """Folders are read class by class: the first ones would be of one class."""
+    seen = []
+
+    class Looking(Method):
+        needs_teacher = False
+
+        def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
+            seen.append(setting.images(4))
+            seen.append(setting.images(10_000))
+
+    attachment.attach(Looking(), ten(), None, digits, Train())
+    images = digits.normalized("train")
+    last = len(images) - 1
+    few = [0, round(last / 3), round(last * 2 / 3), last]
+    assert torch.equal(seen[0], torch.from_numpy(images[few]))
+    assert torch.equal(seen[1], torch.from_numpy(images))
 
 
 def test_taps_are_checked_before_the_teacher_is_trained(main, tmp_path):
