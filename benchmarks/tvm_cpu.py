@@ -5,7 +5,7 @@ other programs disturb less than the wall's; a ratio is taken per round, and its
 
     python benchmarks/tvm_cpu.py [--rounds 40] [--networks "ResNet-20" ...] [--minutes 2] [--json] [--report]
 
-Only the networks with ReLU are tuned, for --minutes each; results of tuning are kept from one model to the next.
+Each model is tuned for --minutes; results of tuning are kept from one model to the next.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "LMA continuous": ("lma", {"k": SEGMENTS, "continuous": True}),
 }
 BACKENDS = {"TVM": "tvm", "ONNX Runtime": "onnxruntime"}
-TUNED, TUNED_ACTIVATIONS = "TVM tuned", ("ReLU",)
+TUNED = "TVM tuned"
+CONTENDERS = ("TVM", TUNED, "ONNX Runtime")
 PRECISIONS = ("fp32", "int8")
 
 
@@ -104,7 +105,7 @@ def measure(name: str, rounds: int, minutes: float, kept: Path) -> list[dict[str
                 for precision, model in models(made, activation, backend, Path(folder, activation + label)).items():
                     key = activation, precision, label
                     runners[key], facts[key] = engine(model, backend, "engine")
-                    if label == "TVM" and activation in TUNED_ACTIVATIONS:
+                    if label == "TVM":
                         key = activation, precision, TUNED
                         runners[key], facts[key] = engine(model, tuner, "tuned")
         for runner in runners.values():
@@ -113,13 +114,11 @@ def measure(name: str, rounds: int, minutes: float, kept: Path) -> list[dict[str
     rows = []
     for precision, activation in itertools.product(PRECISIONS, ACTIVATIONS):
         row: dict[str, Any] = {"network": name, "activation": activation, "precision": precision}
-        tvm, ort = ((activation, precision, label) for label in BACKENDS)
-        row |= facts[tvm] | {"over_onnxruntime": ratios(seconds, tvm, ort)}
-        if activation in TUNED_ACTIVATIONS:
-            tuned = activation, precision, TUNED
-            row |= {"tuned_over_onnxruntime": ratios(seconds, tuned, ort), "tuning": facts[tuned]["tuning"]}
-        row["over_relu"] = {key[2]: ratios(seconds, key, ("ReLU", *key[1:])) for key in (tvm, ort)}
-        row["ms"] = {key[2]: 1e3 * statistics.median(took[key] for took in seconds) for key in (tvm, ort)}
+        tvm, tuned, ort = keys = [(activation, precision, label) for label in CONTENDERS]
+        row |= facts[tvm] | {"tuning": facts[tuned]["tuning"]}
+        row["over_onnxruntime"] = {key[2]: ratios(seconds, key, ort) for key in (tvm, tuned)}
+        row["over_relu"] = {key[2]: ratios(seconds, key, ("ReLU", *key[1:])) for key in keys}
+        row["ms"] = {key[2]: 1e3 * statistics.median(took[key] for took in seconds) for key in keys}
         rows.append(row)
     return rows
 
@@ -158,10 +157,12 @@ def main() -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    over_relu = ", ".join(f"{label} {spread(ratio)}" for label, ratio in row["over_relu"].items())
-    tuned = f"  tuned: {spread(row['tuned_over_onnxruntime'])}" if row["activation"] in TUNED_ACTIVATIONS else ""
+    over_ort, over_relu = (
+        ", ".join(f"{label} {spread(ratio)}" for label, ratio in row[over].items())
+        for over in ("over_onnxruntime", "over_relu")
+    )
     return (
-        f"{row['network']:14} {row['precision']} {row['activation']:15} {spread(row['over_onnxruntime'])}{tuned}"
+        f"{row['network']:14} {row['precision']} {row['activation']:15} over ONNX Runtime: {over_ort}"
         f"  over ReLU: {over_relu}  {row['kernels']} kernels, compiled in {row['compile_s']:.1f} s"
     )
 
@@ -170,29 +171,29 @@ def report(rows: list[dict[str, Any]], rounds: int, minutes: float) -> str:
     lines = [
         [
             f"{row['network']}, {row['activation']}, {row['precision'].upper()}",
-            spread(row["over_onnxruntime"]),
-            spread(row["tuned_over_onnxruntime"]) if row["activation"] in TUNED_ACTIVATIONS else "",
-            *(spread(row["over_relu"][label]) for label in BACKENDS),
+            *(spread(ratio) for ratio in row["over_onnxruntime"].values()),
+            *(spread(ratio) for ratio in row["over_relu"].values()),
             str(row["kernels"]),
             f"{row['compile_s']:.1f}",
         ]
         for row in rows
     ]
     version, cpu = rows[0]["version"], rows[0]["providers"][0]
-    trials = [row["tuning"]["trials"] for row in rows if row["activation"] in TUNED_ACTIVATIONS]
+    trials = [row["tuning"]["trials"] for row in rows]
     return (
-        f"Latency of TVM {version} over ONNX Runtime {onnxruntime.__version__}, untuned and, with ReLU, tuned for up to"
+        f"Latency of TVM {version} over ONNX Runtime {onnxruntime.__version__}, untuned and tuned for up to"
         f" {minutes:g} minutes ({min(trials)} to {max(trials)} trials), batch 1,"
         f" one thread, {SHAPE.height}x{SHAPE.width} pixels, {cpu}; LMA has {SEGMENTS} segments, each runtime runs the"
         f" form that it is fastest in, and INT8 in its own dialect. Median of {rounds} interleaved rounds (10th to"
         f" 90th percentile) at a load average of {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores. The next"
-        " two columns are each runtime's own latency over the same network with ReLU.\n\n"
+        " three columns are each runtime's own latency over the same network with ReLU.\n\n"
         + table(
             [
                 "network",
                 "TVM / ORT",
                 "tuned / ORT",
                 "TVM / its ReLU",
+                "tuned / its ReLU",
                 "ORT / its ReLU",
                 "TVM kernels",
                 "TVM compiles, s",
