@@ -182,7 +182,7 @@ def report(rows: list[dict[str, Any]], rounds: int, minutes: float) -> str:
     trials = [row["tuning"]["trials"] for row in rows]
     return (
         f"Latency of TVM {version} over ONNX Runtime {onnxruntime.__version__}, untuned and tuned for up to"
-        f" {minutes:g} minutes ({min(trials)} to {max(trials)} trials), batch 1,"
+        f" {60 * minutes:g} s ({min(trials)} to {max(trials)} trials, with those kept from other models), batch 1,"
         f" one thread, {SHAPE.height}x{SHAPE.width} pixels, {cpu}; LMA has {SEGMENTS} segments, each runtime runs the"
         f" form that it is fastest in, and INT8 in its own dialect. Median of {rounds} interleaved rounds (10th to"
         f" 90th percentile) at a load average of {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores. The next"
