@@ -5,8 +5,9 @@ lives outside the checkpoint, and little has to live in it: the order of the dat
 and the random numbers of every step are pure functions of seed, position and metrics. The checkpoint holds what is
 left: position, metrics, weights, statistics and the optimiser's moments.
 
-With several processes (`accelerate launch`), each takes `batch_size` samples a step and gradients are averaged. The
-statistics of batch normalisation are those of each process's own samples; the first process's are evaluated and kept.
+With several processes (`accelerate launch`), each takes `batch_size` samples a step and gradients are averaged.
+Buffers, such as the statistics of batch normalisation, are those of the first process's samples: before every update
+the others take them over, as they do from a checkpoint.
 """
 
 from __future__ import annotations
@@ -328,7 +329,7 @@ class _Run:
         """What is validated and kept: the network, or the moving average of its weights."""
         network: nn.Module = self.network if self.ema is None else self.ema.module
         for buffer in network.buffers():
-            accelerate.utils.broadcast(buffer)  # each process has its own statistics of batch normalisation
+            accelerate.utils.broadcast(buffer)  # since the last update, each process has added its own samples
         return network
 
     def _validate(self, network: nn.Module) -> dict[str, float]:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgekd import data, distill, networks
+from edgekd import data, distill, networks, registry
 from edgekd.methods import Method, Setting, Step
+from edgekd.networks.ensemble import Ensemble
 from edgekd.recipe import Augment, Train
 from edgekd.training_log import METRICS
 
@@ -72,7 +73,34 @@ def train_here(folder: Path, environment: dict[str, str], train: dict, augment: 
         torch.distributed.destroy_process_group()
 
 
-def start(folder: Path, processes: int, **arguments) -> list[multiprocessing.Process]:
+def teach_each_other_here(folder: Path, environment: dict[str, str], stop_at: int) -> None:
+    """Networks with batch normalisation, and a method that keeps statistics of its own; stops after so many batches."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    distill.CHECKPOINT_SECONDS, distill.LOOK_EVERY = 0.0, 2
+    dataset = data.load("digits", {}, train_limit=160)
+    network, *members = (
+        networks.build("resnet", {"depth": 8, "width": 0.25}, dataset.shape, 10, ("relu", {}), seed)
+        for seed in (0, 1, 2)
+    )
+    method = registry.create("method", "mutual_sources", options={"rounds": 2})
+
+    def on_progress(progress: distill.Progress) -> None:
+        if progress.done == stop_at:
+            os._exit(0)
+
+    trained = distill.train(
+        network, dataset, Train(epochs=2, batch_size=8, ema=0.9, accumulate=2), method,
+        teacher=Ensemble(members, "logits"), augment=Augment(crop=1), seed=0, work=folder / "work",
+        on_progress=on_progress,
+    )  # fmt: skip
+    rank = environment["RANK"]
+    networks.save_weights(nn.ModuleList([network, method]), folder / f"weights-{rank}.safetensors")
+    (folder / f"trained-{rank}.json").write_text(json.dumps([trained.kept, None, trained.epochs]))
+    torch.distributed.destroy_process_group()
+
+
+def start(folder: Path, processes: int, target=train_here, **arguments) -> list[multiprocessing.Process]:
     """Begin to train in that many processes."""
     folder.mkdir(exist_ok=True)
     shared = {"OMP_NUM_THREADS": "1"} | ON_CPU
@@ -81,14 +109,14 @@ def start(folder: Path, processes: int, **arguments) -> list[multiprocessing.Pro
     children = []
     for rank in map(str, range(processes)):
         own = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(processes)} if processes > 1 else {}
-        children.append(FORKED.Process(target=train_here, args=(folder, shared | own, *arguments.values())))
+        children.append(FORKED.Process(target=target, args=(folder, shared | own, *arguments.values())))
         children[-1].start()
     return children
 
 
-def run(folder: Path, processes: int, **arguments) -> list[tuple[dict[str, np.ndarray], list]]:
+def run(folder: Path, processes: int, target=train_here, **arguments) -> list[tuple[dict[str, np.ndarray], list]]:
     """Train in that many processes: weights and (kept epoch, scale, metrics) of each."""
-    children = start(folder, processes, **arguments)
+    children = start(folder, processes, target, **arguments)
     for child in children:
         child.join(280)
     exits = [child.exitcode for child in children]
@@ -144,6 +172,22 @@ def test_two_processes_train_like_one_with_the_doubled_batch(train, augment, cac
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
     assert len(list((tmp_path / "two" / "work" / "tensorboard").iterdir())) == 1  # the first process alone writes
     assert epochs[-1]["train_loss_ce"] < 0.9 * epochs[0]["train_loss_ce"]  # or equal curves would mean little
+
+
+def test_statistics_of_two_processes_are_those_of_the_first_before_and_after_a_resume(tmp_path):
+    """They are its own before every step, so that one checkpoint says all; to the bit, in both processes."""
+    whole = run(tmp_path / "whole", 2, teach_each_other_here, stop_at=0)
+    for child in start(tmp_path / "stopped", 2, teach_each_other_here, stop_at=13):  # of 18, a batch after a checkpoint
+        child.join(280)
+        assert child.exitcode == 0
+    resumed = run(tmp_path / "stopped", 2, teach_each_other_here, stop_at=0)
+    for (found, (kept, _, epochs)), (expected, (other_kept, _, other_epochs)) in zip(resumed, whole, strict=True):
+        assert kept == other_kept and without_seconds(epochs) == without_seconds(other_epochs)
+        assert found.keys() == expected.keys() and "1.running_distance" in found
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    (first, _), (second, _) = whole
+    assert (first["1.running_distance"] != second["1.running_distance"]).any()  # since the last step: own samples
 
 
 @pytest.mark.slow
