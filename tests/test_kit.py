@@ -100,28 +100,40 @@ def test_a_kit_holds_models_samples_and_how_to_run_them(carried):
     assert "    python3 -m agent bench spec.json" in readme
 
 
-@pytest.mark.slow
-def test_a_kit_is_told_the_turns_of_every_mode(done, tmp_path):
-    store = Path(shutil.copytree(done.store, tmp_path / "store"))
-    (tmp_path / "board.yaml").write_text(BOARD.format(backend='"null"'))
-    for name in registry.names("mode"):
-        there = packed(store, tmp_path / "board.yaml", tmp_path / name, f"benchmark.mode={name}", "benchmark.seconds=2")
-        told = json.loads((there / "spec.json").read_text())
-        assert told["turns"] == registry.create("mode", name, options={"seconds": 2.0}).turns()
+MODES = {
+    "single_stream": [],
+    "multi_stream": ["samples_per_query=3"],
+    "offline": ["batches=[1, 4]"],
+    "fps": ["fps=100", "end_to_end=true"],
+    "sustained": [],
+}
+# What only this mode finds.
+FINDS = {
+    "single_stream": lambda mode: mode["name"] == "single_stream",
+    "multi_stream": lambda mode: mode["samples_per_query"] == 3,
+    "offline": lambda mode: [row["batch"] for row in mode["sweep"]["student"]] == [1, 4],
+    "fps": lambda mode: mode["fps"] == 100 and 0 <= mode["models"]["student"]["missed_share"] <= 1,
+    "sustained": lambda mode: sorted(mode["windows"][-1]["rank"]) == ["student", "teacher"],
+}
 
 
 @pytest.mark.slow
-def test_frames_on_a_clock_and_pictures_by_a_kit(done, tmp_path):
+@pytest.mark.parametrize("name", registry.names("mode"))
+def test_a_kit_measures_in_every_mode(done, main, tmp_path, name):
+    """From the archive to the report; with pictures where frames come on a clock."""
     store = Path(shutil.copytree(done.store, tmp_path / "store"))
     (tmp_path / "board.yaml").write_text(BOARD.format(backend='{"null": {latency_ms: 0.3}}'))
-    overrides = ("benchmark.mode=fps", "benchmark.fps=100", "benchmark.seconds=0.3", "benchmark.end_to_end=true")
-    there = packed(store, tmp_path / "board.yaml", tmp_path / "sdcard", *overrides)
+    options = [f"mode={name}", "seconds=0.3", *MODES[name]]
+    there = packed(store, tmp_path / "board.yaml", tmp_path / "sdcard", *(f"benchmark.{one}" for one in options))
     finished = run(sys.executable, there)
     assert finished.returncode == 0, finished.stderr
-    result = imported(store, there / "results.json")["bench"].result
-    assert (result["mode"]["name"], result["mode"]["fps"]) == ("fps", 100)
-    assert 0 <= result["mode"]["models"]["student"]["missed_share"] <= 1
-    assert result["end_to_end"]["models"]["student"]["steps_ms"]["infer"] >= 0.3
+    code, out, err = main("import", there / "results.json", "--store", store, "--json")
+    assert code in (0, 5, 6), err
+    document = json.loads(out)
+    assert document["mode"]["name"] == name and FINDS[name](document["mode"])
+    assert document["latency"]["student"]["p50_ms"] >= 0.3
+    if "end_to_end=true" in options:
+        assert document["end_to_end"]["models"]["student"]["steps_ms"]["infer"] >= 0.3
 
 
 def test_the_same_kit_has_the_same_bytes(tmp_path):
