@@ -17,8 +17,8 @@ import numpy.typing as npt
 from edgekd.artifact import sha256_of
 from edgekd.backends import Engine
 from edgekd.bench.end_to_end import Pictures
+from edgekd.bench.measured import Measured
 from edgekd.device import AGENT, Device, Finished, Job, files_below, free_some_space, last_lines
-from edgekd.device.facts import Facts
 from edgekd.documents import LIMIT_BYTES, fitting, parsed
 from edgekd.errors import ConnectionLost, DiskFull, StageError
 
@@ -127,7 +127,7 @@ def _fetch(job: Job, engines: Mapping[str, Engine], kinds: Iterable[str], workdi
             allowed="each is timed, and nothing else",
             fix="measure again: edgekd bench",
         )
-    return result | {"device": fitting(result.get("device"), Facts, source)}
+    return fitting(result, Measured, source)
 
 
 def _progress_line(on_progress: Progress | None) -> Callable[[str], None]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from bench_parts import CORRECT, LAUNCHES, QUERIES, ROUNDS, measured, table, tables
 
+from edgekd.agent.machine import facts
 from edgekd.bench.arrays import quality_from_logits, table_from_latencies, understood
 from edgekd.bench.deployment import _fetch, _progress_line
 from edgekd.bench.latencies import speedups
@@ -60,6 +61,49 @@ def test_a_result_of_other_models_is_none(tmp_path, models):
         "       each is timed, and nothing else",
         "fix:   measure again: edgekd bench",
     ]
+
+
+WHOLE = measured() | {"device": facts()}
+
+
+def wrong(value, *path):
+    """The result of the agent with another value at one place."""
+    changed = inner = json.loads(json.dumps(WHOLE))
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("result", "why"),
+    [
+        (wrong("hot", "telemetry", 3, "temperature_c", "cpu"), 'telemetry.3.temperature_c.cpu = "hot"'),
+        (wrong([True], "telemetry", 0, "clock_hz"), "telemetry.0.clock_hz.0 = true"),
+        (wrong(0, "telemetry", 0, "seconds"), "telemetry.0.seconds = 0"),
+        (wrong({"VDD_IN": None}, "telemetry", 0, "power_mw"), "telemetry.0.power_mw.VDD_IN = null"),
+        (wrong([], "telemetry"), "telemetry = []"),
+        (wrong("1", "models", "student", 2, "import_ms"), 'models.student.2.import_ms = "1"'),
+        (wrong([], "models", "student", 0, "warm_up"), "models.student.0.warm_up = []"),
+        (wrong([{"rail": "VDD_IN"}], "models", "teacher", 0, "energy"), "models.teacher.0.energy.0.sensor is missing"),
+        (wrong([], "device", "model"), "device.model = []"),
+        (wrong(-1, "interruptions"), "interruptions = -1"),
+    ],
+)
+def test_another_type_in_a_result_is_said(tmp_path, result, why):
+    (tmp_path / "theirs.json").write_text(json.dumps(result))
+    with Device("local:", tmp_path).job() as job, pytest.raises(StageError) as caught:
+        job.put({"result.json": tmp_path / "theirs.json"})
+        _fetch(job, {"student": None, "teacher": None}, (), tmp_path)
+    assert caught.value.what == f"result.json of the agent on local:: not what the agent writes: {why}"
+
+
+def test_what_the_agent_writes_is_taken_as_it_is(tmp_path):
+    (tmp_path / "ours.json").write_text(json.dumps(WHOLE))
+    with Device("local:", tmp_path).job() as job:
+        job.put({"result.json": tmp_path / "ours.json"})
+        found = _fetch(job, {"student": None, "teacher": None}, (), tmp_path)
+    assert found == {name: value for name, value in WHOLE.items() if name != "version"}
 
 
 def test_progress_is_told_by_the_agents_own_lines_alone():
