@@ -274,7 +274,9 @@ class _Run:
 
     def _move(self, update: int) -> None:
         if self.spec.clip:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.spec.clip)
+            for optimizer in (self.optimizer, *self.adversaries):  # an adversary's gradient shrinks its own steps alone
+                moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                self.accelerator.clip_grad_norm_(moved, self.spec.clip)
         metric = self.dataset.task.metric
         gains = [metric.gain(metrics["val_score"]) for metrics in self.history if "val_score" in metrics]
         for group in self.optimizer.param_groups:

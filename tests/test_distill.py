@@ -90,6 +90,28 @@ def test_trains_as_a_loop_written_by_hand(name, digits, tmp_path):
     assert not torch.equal(network[0].weight, start[0].weight)
 
 
+class Adversary(Spy):
+    """Has a parameter of its own, with an optimiser of its own and a gradient far above the student's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD([self.scale], lr=0.5)]
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        return super().forward(step) | {"adversary": 1000 * self.scale}
+
+
+def test_the_gradient_of_an_adversary_does_not_shrink_the_students_steps(digits, tmp_path):
+    given, make_optimizer = OPTIMIZERS["clip"]
+    network, method = plain(), Adversary()
+    trained(network, digits, tmp_path, method, schedule="constant", keep="last", **given)
+    assert_close(network, by_hand(plain(), digits, make_optimizer, clip=given["clip"]), 2e-5)
+    assert method.scale.item() == pytest.approx(1 - 0.5 * 0.5 * 2 * 5, rel=1e-4)  # ten steps, clipped to 0.5
+
+
 def test_accumulated_batches_are_one_bigger_batch(digits, tmp_path):
     many, few = plain(), plain()
     # 180 samples: 22 batches of 8, of which 4 make a step and the last 2 one of their own; or 5 of 32 and one of 16.

@@ -9,6 +9,9 @@ Every method has weights of its own among its options, and these are the weights
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -25,6 +28,9 @@ from edgekd.registry import MethodChoice, register
 LABEL_TERMS = ("ce", "task")
 # Progress is a quotient of batches: the first batch of a stage may fall short of it by rounding.
 ROUNDING = 1e-9
+# In an error of one of the methods: its options, and the advice to set one of them.
+OWN_OPTION = re.compile(r"\bdistill\.(?!methods?\b|train\b)")
+SET_OPTION = re.compile(r"--set ('?)(distill\.methods\.\w+\.[\w.]+)=(.+?)\1(?=, |$)")
 
 
 class _Several(Method):
@@ -72,8 +78,9 @@ class _Several(Method):
 
     def attach(self, student: nn.Module, teacher: nn.Module | None, setting: Setting) -> None:
         """Attach each of them; all their taps are taps of this one."""
-        for (_, part), epochs in zip(self.named_parts(), self.epochs_of(setting), strict=True):
-            part.attach(student, teacher, replace(setting, epochs=epochs))
+        for (name, part), epochs in zip(self.named_parts(), self.epochs_of(setting), strict=True):
+            with _part(name):
+                part.attach(student, teacher, replace(setting, epochs=epochs))
             self.student_taps = self.student_taps | part.student_taps
             self.teacher_taps = self.teacher_taps | part.teacher_taps
 
@@ -104,8 +111,26 @@ class _Several(Method):
 
 
 def _made(name: str, options: dict[str, Any]) -> Method:
-    made: Method = registry.create("method", name, options=options, where=f"distill.methods.{name}")
+    with _part(name):
+        made: Method = registry.create("method", name, options=options, where=f"distill.methods.{name}")
     return made
+
+
+@contextlib.contextmanager
+def _part(name: str) -> Iterator[None]:
+    """An error of one of the methods names its options as they stand in the recipe, in a list, where --set cannot go.
+
+    name: the method's; of a second one with its number.
+    """
+    try:
+        yield
+    except RecipeError as error:
+        where = f"distill.methods.{name.partition('-')[0]}."
+        what, allowed, fix, key = (
+            OWN_OPTION.sub(where, text) for text in (error.what, error.allowed, error.fix, error.key)
+        )
+        fix = SET_OPTION.sub(r"write \2: \3 in the recipe", fix)
+        raise RecipeError(what, allowed=allowed, fix=fix, key=key) from error
 
 
 @register("method", "combined")

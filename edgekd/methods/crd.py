@@ -24,6 +24,7 @@ from edgekd.errors import RecipeError
 from edgekd.methods import Setting, Step
 from edgekd.methods.features import FeatureMethod
 from edgekd.methods.options import a_share, above_zero, at_least_zero
+from edgekd.methods.processes import mean_over_all, rows_of_all
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
 
@@ -117,7 +118,7 @@ class CRD(FeatureMethod):
         # All similarities in one product: gathering M vectors for each sample takes far more memory.
         exponentials = (vectors @ memory.clone().T / tau).exp().gather(1, columns)
         if self.partition[direction] == 0:
-            self.partition[direction] = exponentials.detach().mean() * count
+            self.partition[direction] = mean_over_all(exponentials.detach().mean()) * count
         h, noise = exponentials / self.partition[direction].clone(), chosen / count
         positive = (h[:, :1] / (h[:, :1] + noise + EPSILON)).log()
         negative = (noise / (h[:, 1:] + noise + EPSILON)).log()
@@ -125,7 +126,7 @@ class CRD(FeatureMethod):
 
     @torch.no_grad()
     def _remember(self, index: Tensor, v: Tensor, w: Tensor, momentum: float) -> None:
-        index, v, w = (_of_all_processes(one) for one in (index, v, w))
+        index, v, w = (rows_of_all(one) for one in (index, v, w))
         for memory, vectors in ((self.student_memory, v), (self.teacher_memory, w)):
             memory[index] = F.normalize(momentum * memory[index] + (1 - momentum) * vectors)
 
@@ -145,12 +146,3 @@ def _check(taps: tuple[str, ...], labels: Tensor) -> None:
             fix="give data with two classes or more, or use distill.method = kd",
             key="distill.method",
         )
-
-
-def _of_all_processes(rows: Tensor) -> Tensor:
-    """The rows of all processes, alike on each of them."""
-    if not torch.distributed.is_initialized():
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)

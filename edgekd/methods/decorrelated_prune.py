@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 
 from edgekd.errors import RecipeError
@@ -31,6 +30,7 @@ from edgekd.methods.attacks import evaluating
 from edgekd.methods.divergence import divergence
 from edgekd.methods.kd import KD
 from edgekd.methods.options import above_zero, from_zero_to_one
+from edgekd.methods.processes import sum_over_all
 from edgekd.networks.factoring import can_be_factored, cheapest, map_areas
 from edgekd.registry import register
 from edgekd.schedule import Schedule, value_at
@@ -139,7 +139,7 @@ class DecorrelatedPrune(Method):
                     values = maps.detach().float().movedim(1, -1).flatten(0, -2)
                     sums = {"count": values.new_tensor(len(values)), "sum": values.sum(0), "squares": values.T @ values}
                     for name, value in sums.items():
-                        self.get_buffer(f"{side}_{name}_{number}").add_(_of_all_processes(value))
+                        self.get_buffer(f"{side}_{name}_{number}").add_(sum_over_all(value))
 
             return add
 
@@ -194,10 +194,3 @@ def components(values: Tensor, share: float) -> int:
         return len(values)
     reached = values.flip(0).cumsum(0) >= share * values.sum()
     return int(reached.long().argmax()) + 1 if reached.any() else len(values)
-
-
-def _of_all_processes(values: Tensor) -> Tensor:
-    """The sum over them, in every batch: between batches the first one's buffers replace those of all others."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(values)
-    return values

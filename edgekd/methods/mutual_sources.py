@@ -30,6 +30,7 @@ from edgekd.errors import RecipeError
 from edgekd.methods import Method, Setting, Step
 from edgekd.methods.divergence import divergence
 from edgekd.methods.options import above_zero, at_least_zero
+from edgekd.methods.processes import mean_over_all
 from edgekd.methods.taps import Taps
 from edgekd.networks import member_paths
 from edgekd.registry import register
@@ -140,7 +141,7 @@ class MutualSources(Method):
         rows.append(torch.stack([F.nll_loss(one, step.y) for one in given]))
         if self.training:
             self.batches += 1
-            self.running_distance += (torch.stack(rows) - self.running_distance) / self.batches
+            self.running_distance += (mean_over_all(torch.stack(rows)) - self.running_distance) / self.batches
         count = len(given)
         itself = torch.eye(count + 1, count, dtype=torch.bool, device=step.x.device)
         if count == 1:

@@ -284,6 +284,21 @@ def test_stages_and_combinations_that_make_no_sense(digits, tmp_path):
         "       expected: methods that can all learn what the data asks for\n"
         "fix:   leave out those that are for other tasks"
     )
+    assert message("combined", methods=["rkd", {"kd": {"temperature": 0}}]) == (
+        "error: distill.methods.kd.temperature = 0.0 is not valid\n"
+        "       expected: above 0\n"
+        "fix:   write distill.methods.kd.temperature: 4 in the recipe"
+    )
+    assert message("combined", methods=["kd", {"kd": {"kd_weight": 2}}]).splitlines()[2] == (
+        "fix:   write distill.methods.kd.kd_weight: 0.7 in the recipe, or give distill.methods.kd.ce_weight"
+    )
+    assert message(
+        "staged", methods=["kd", {"online_peers": {"student_taps": ["stages.0", "pool"]}}], epochs=[2, 3]
+    ) == (
+        "error: distill.methods.online_peers.student_taps names 2 modules, and the method taps one\n"
+        "       expected: the path of the module whose output is the embedding\n"
+        "fix:   name one in distill.methods.online_peers.student_taps, or leave it out"
+    )
     assert message("staged", methods=["kd", "rkd"], epochs=[5]) == (
         "error: distill.epochs = [5] does not fit 2 methods\n"
         "       expected: a number of epochs, at least 1, for each method\n"
