@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tvm import relax, te, tirx
 
 from edgekd.backends.tvm import products
+from edgekd.backends.tvm.emitter import Emitter, Node
 from edgekd.backends.tvm.quantized import per_channel, scaled_sums
-
-if TYPE_CHECKING:
-    from edgekd.backends.tvm.importer import Importer, Node
 
 Array = npt.NDArray[Any]
 
 
-def convolution(importer: Importer, node: Node) -> Any:
+def convolution(emitter: Emitter, node: Node) -> Any:
     """Conv in two or three dimensions with constant weights, and its bias."""
     weights = node.constant(1)
     window = window_of(node, weights.shape[2:]) if _is_convolution(node, weights) and weights is not None else None
     if window is None:
         return None
-    return _with_bias(importer, node, _sums(importer, node, window, lambda weights: weights, axis=0))
+    return _with_bias(emitter, node, _sums(emitter, node, window, lambda weights: weights, axis=0))
 
 
-def transposed_convolution(importer: Importer, node: Node) -> Any:
+def transposed_convolution(emitter: Emitter, node: Node) -> Any:
     """ConvTranspose as a convolution of stride 1 whose outputs are the pixels between two steps of the stride.
 
     An output at q * stride + phase reads the inputs q, q - 1, ... with the taps phase, phase + stride, ...: each phase
@@ -54,7 +52,7 @@ def transposed_convolution(importer: Importer, node: Node) -> Any:
     after = [max(0, many - int(size)) for many, size in zip(reach, inside, strict=True)]
     ones = (1,) * len(steps)
     sliding = products.Window(ones, ones, (*(count - 1 for count in taps), *after))
-    made = _sums(importer, node, sliding, lambda weights: phases(weights, groups, steps, taps), axis=1)
+    made = _sums(emitter, node, sliding, lambda weights: phases(weights, groups, steps, taps), axis=1)
     per_group = weights.shape[1]
 
     def compute(x: Any) -> Any:
@@ -69,7 +67,7 @@ def transposed_convolution(importer: Importer, node: Node) -> Any:
 
         return te.compute((x.shape[0], *sizes, groups * per_group), value, name="moved")
 
-    return _with_bias(importer, node, importer.call(compute, made, name="moved"))
+    return _with_bias(emitter, node, emitter.call(compute, made, name="moved"))
 
 
 def phases(weights: Array, groups: int, steps: Sequence[int], taps: Sequence[int]) -> Array:
@@ -102,25 +100,23 @@ def _fixed(sizes: Sequence[Any]) -> bool:
     return all(isinstance(size, (int, tirx.IntImm)) for size in sizes)
 
 
-def _sums(
-    importer: Importer, node: Node, window: products.Window, arranged: Callable[[Array], Array], axis: int
-) -> Any:
+def _sums(emitter: Emitter, node: Node, window: products.Window, arranged: Callable[[Array], Array], axis: int) -> Any:
     """The products of a convolution without its bias, channels last; in integers where codes meet codes.
 
     arranged: its weights as [O, C / groups, *kernel]. axis: of their output channels before that.
     """
-    groups, processor = int(node.attributes.get("group", 1)), importer.processor
-    x, kernel = importer.codes.get(node.inputs[0]), importer.codes.get(node.inputs[1])
+    groups, processor = int(node.attributes.get("group", 1)), emitter.processor
+    x, kernel = emitter.codes.get(node.inputs[0]), emitter.codes.get(node.inputs[1])
     scales = per_channel(kernel, axis) if x and kernel and processor.dot else None
     if x and kernel and processor.dot and scales is not None:
         codes = arranged(kernel.codes)
         product = products.integer_convolution(codes, groups, window, processor.dot)
-        return scaled_sums(importer, x, product, np.resize(scales, len(codes)))
+        return scaled_sums(emitter, x, product, np.resize(scales, len(codes)))
     weights = node.constant(1)
     assert weights is not None
-    return importer.product(products.convolution(arranged(weights), groups, window, processor), node.inputs[0])
+    return emitter.product(products.convolution(arranged(weights), groups, window, processor), node.inputs[0])
 
 
-def _with_bias(importer: Importer, node: Node, made: Any) -> Any:
+def _with_bias(emitter: Emitter, node: Node, made: Any) -> Any:
     bias = node.constant(2)
-    return made if bias is None else importer.bb.emit(relax.op.add(made, importer.vector(bias)))
+    return made if bias is None else emitter.bb.emit(relax.op.add(made, emitter.vector(bias)))

@@ -8,7 +8,6 @@ while they are constants. Operators that are not listed here are TVM's own, on t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,16 @@ from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
 from edgekd.backends.tvm import products
 from edgekd.backends.tvm.convolutions import convolution, transposed_convolution, window_of
+from edgekd.backends.tvm.emitter import MAPS, Emitter, Node, Segmented, to_channels_last
 from edgekd.backends.tvm.origins import move_origins
 from edgekd.backends.tvm.processor import Processor
-from edgekd.backends.tvm.quantized import Codes, Segmented, dequantize, per_channel, quantize, scaled_sums
+from edgekd.backends.tvm.quantized import dequantize, per_channel, quantize, scaled_sums
 from edgekd.backends.tvm.segments import Form, Segments
 from edgekd.backends.tvm.segments import lma as segments_of
 from edgekd.quantize.graph import LMA_DOMAIN
 
 Array = npt.NDArray[Any]
 
-MAPS = (4, 5)  # dimensions of what has channels on a map: an image, a volume
 ELEMENTWISE = {
     "Abs", "Add", "And", "Cast", "Ceil", "Div", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater",
     "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Less", "LessOrEqual", "Log", "Mul", "Neg",
@@ -52,36 +51,12 @@ def import_model(path: Path, processor: Processor, form_of: Callable[[Segments],
     return Importer(processor, form_of).from_onnx(model.graph, opset)
 
 
-@dataclass(frozen=True)
-class Node:
-    """An ONNX node while it is converted."""
-
-    inputs: list[Any]  # Relax expressions; None where one is left out
-    attributes: dict[str, Any]
-
-    def constant(self, index: int) -> Array | None:
-        """An input's value, if it is there and constant."""
-        given = self.inputs[index] if index < len(self.inputs) else None
-        return given.value.numpy() if isinstance(given, GenericConst) else None
-
-    def integers(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """An attribute that lists integers."""
-        return tuple(int(one) for one in self.attributes.get(name, default))
-
-
-class Importer(ONNXGraphImporter):  # type: ignore[misc]
-    """TVM's importer, but with the channels last where it matters.
-
-    Every value is known by its variable in ONNX's layout. One that was computed with the channels last is transposed
-    back for whoever does not ask for that; transposes that nobody reads are removed afterwards.
-    """
+class Importer(Emitter, ONNXGraphImporter):  # type: ignore[misc]
+    """TVM's importer, but with the channels last where it matters."""
 
     def __init__(self, processor: Processor, form_of: Callable[[Segments], Form]) -> None:
-        super().__init__({}, "float32", sanitize=False)
-        self.processor, self.form_of = processor, form_of
-        self._channels_last: dict[Any, Any] = {}
-        self.codes: dict[Any, Codes] = {}  # of values that were dequantized
-        self.segmented: dict[Any, Segmented] = {}  # what LMA layers made of codes
+        ONNXGraphImporter.__init__(self, {}, "float32", sanitize=False)
+        Emitter.__init__(self, processor, form_of)
 
     def _check_for_unsupported_ops(self, graph: Any) -> None:
         known = onnx.GraphProto()
@@ -101,107 +76,36 @@ class Importer(ONNXGraphImporter):  # type: ignore[misc]
         plain = made.ty.ndim not in MAPS or self.has_channels_last(made) or isinstance(made, GenericConst)
         return made if plain else self.back(made)
 
-    def operands(self, node: Node) -> list[Any]:
-        """The inputs of an elementwise operator with the channels last; empty when it is not worth it, or cannot be."""
-        ranks = {value.ty.ndim for value in node.inputs if self.has_channels_last(value)}
-        if len(ranks) != 1:
-            return []
-        operands = [self._operand(value, *ranks) for value in node.inputs]
-        return [] if None in operands else operands
-
-    def _operand(self, value: Any, rank: int) -> Any:
-        if isinstance(value, GenericConst):
-            array = value.value.numpy()
-            return self._constant(array, rank) if array.ndim <= rank else None
-        return self.channels_last(value) if value is not None and value.ty.ndim == rank else None
-
-    def _constant(self, array: Array, rank: int) -> Any:
-        """A constant that is broadcast to [N, C, H, W], so that it broadcasts to [N, H, W, C]."""
-        if array.size == 1:
-            return relax.const(array.reshape(()), array.dtype.name)  # one number becomes a part of the loop
-        last = array.reshape((1,) * (rank - array.ndim) + array.shape).transpose(to_channels_last(rank))
-        return relax.const(np.ascontiguousarray(last), array.dtype.name)
-
-    def has_channels_last(self, value: Any) -> bool:
-        """Whether a value is at hand with the channels last."""
-        return isinstance(value, relax.Var) and value in self._channels_last
-
-    def channels_last(self, value: Any) -> Any:
-        """A value [N, C, H, W] as [N, H, W, C]."""
-        if value not in self._channels_last:
-            self._channels_last[value] = self.bb.emit(relax.op.permute_dims(value, to_channels_last(value.ty.ndim)))
-        return self._channels_last[value]
-
-    def back(self, value: Any) -> Any:
-        """A value [N, H, W, C] as [N, C, H, W], by which it is known from here on."""
-        if not isinstance(value, relax.Var):  # a second name of a value would keep it from being fused
-            value = self.bb.emit(value)
-        first = self.bb.emit(relax.op.permute_dims(value, to_channels_first(value.ty.ndim)))
-        self._channels_last[first] = value
-        return first
-
-    def innermost(self, value: Any) -> Any:
-        """A value as loops read it: an image with the channels last, another one as it is."""
-        return self.channels_last(value) if value.ty.ndim in MAPS else value
-
-    def outermost(self, value: Any) -> Any:
-        """The reverse of `innermost`, for what was just made."""
-        made = value if isinstance(value, relax.Var) else self.bb.emit(value)
-        return self.back(made) if made.ty.ndim in MAPS else made
-
-    def product(self, product: products.Product, x: Any) -> Any:
-        """Emit a product of an input with packed weights."""
-        packed = relax.const(product.weights, product.weights.dtype.name)
-        return self.call(product.compute, self.innermost(x), packed, name=product.name)
-
-    def call(self, compute: Callable[..., Any], *args: Any, name: str) -> Any:
-        """Emit a loop nest that is given as a tensor expression."""
-        return self.bb.emit_te(compute, *args, primfunc_name_hint=name)
-
-    def vector(self, values: Array) -> Any:
-        """A constant [C] that broadcasts along the last dimension."""
-        return relax.const(np.ascontiguousarray(values.reshape(-1)), values.dtype.name)
-
-
-def to_channels_last(rank: int) -> list[int]:
-    """The axes of [N, C, ...] in the order of [N, ..., C]."""
-    return [0, *range(2, rank), 1]
-
-
-def to_channels_first(rank: int) -> list[int]:
-    """The reverse."""
-    return [0, rank - 1, *range(1, rank - 1)]
-
 
 def with_channels_last(axis: int, rank: int) -> int:
     """Where an axis of ONNX's layout stands with the channels last."""
     return to_channels_last(rank).index(axis % rank)
 
 
-def dense(importer: Importer, node: Node) -> Any:
+def dense(emitter: Emitter, node: Node) -> Any:
     """MatMul or Gemm of [N, D] with a constant matrix, and its bias."""
     matrix, bias = node.constant(1), node.constant(2)
-    attributes, processor = node.attributes, importer.processor
+    attributes, processor = node.attributes, emitter.processor
     plain = all(attributes.get(name, 1.0) == 1.0 for name in ("alpha", "beta")) and not attributes.get("transA")
     if matrix is None or matrix.ndim != 2 or not plain or node.inputs[0].ty.ndim != 2:
         return None
     if (bias is None) != (len(node.inputs) < 3) or (bias is not None and bias.size not in (1, bias.shape[-1])):
         return None
     transposed = bool(attributes.get("transB"))
-    x, kernel = importer.codes.get(node.inputs[0]), importer.codes.get(node.inputs[1])
+    x, kernel = emitter.codes.get(node.inputs[0]), emitter.codes.get(node.inputs[1])
     scales = per_channel(kernel, 0 if transposed else 1) if x and kernel and processor.dot else None
     if x and kernel and processor.dot and scales is not None:
         product = products.integer_dense(kernel.codes.T if transposed else kernel.codes, processor.dot)
-        made = scaled_sums(importer, x, product, scales)
+        made = scaled_sums(emitter, x, product, scales)
     else:
-        made = importer.product(products.dense(matrix.T if transposed else matrix, processor), node.inputs[0])
-    return made if bias is None else importer.bb.emit(relax.op.add(made, importer.vector(bias)))
+        made = emitter.product(products.dense(matrix.T if transposed else matrix, processor), node.inputs[0])
+    return made if bias is None else emitter.bb.emit(relax.op.add(made, emitter.vector(bias)))
 
 
-def pool(kind: str) -> Callable[[Importer, Node], Any]:
+def pool(kind: str) -> Callable[[Emitter, Node], Any]:
     """MaxPool or AveragePool of an image or a volume."""
 
-    def convert(importer: Importer, node: Node) -> Any:
+    def convert(emitter: Emitter, node: Node) -> Any:
         kernel = node.integers("kernel_shape", ())
         window = window_of(node, kernel)
         if window is None or len(kernel) + 2 not in MAPS:
@@ -213,76 +117,76 @@ def pool(kind: str) -> Callable[[Importer, Node], Any]:
         def compute(x: Any) -> Any:
             return pooled(x, kernel, window.strides, window.dilations, window.pads, kind, ceil, layout, count_padding)
 
-        return importer.call(compute, importer.channels_last(node.inputs[0]), name=f"{kind}_pool")
+        return emitter.call(compute, emitter.channels_last(node.inputs[0]), name=f"{kind}_pool")
 
     return convert
 
 
-def global_average_pool(importer: Importer, node: Node) -> Any:
+def global_average_pool(emitter: Emitter, node: Node) -> Any:
     """GlobalAveragePool of [N, C, H, W]."""
-    return mean_of_map(importer, node.inputs[0], keep=True) if node.inputs[0].ty.ndim in MAPS else None
+    return mean_of_map(emitter, node.inputs[0], keep=True) if node.inputs[0].ty.ndim in MAPS else None
 
 
-def mean_of_map(importer: Importer, x: Any, *, keep: bool) -> Any:
+def mean_of_map(emitter: Emitter, x: Any, *, keep: bool) -> Any:
     """The mean of every channel; keep: with axes of length 1."""
     axes = list(range(1, x.ty.ndim - 1))
-    return importer.bb.emit(relax.op.mean(importer.channels_last(x), axis=axes, keepdims=keep))
+    return emitter.bb.emit(relax.op.mean(emitter.channels_last(x), axis=axes, keepdims=keep))
 
 
-def reduce_mean(importer: Importer, node: Node) -> Any:
+def reduce_mean(emitter: Emitter, node: Node) -> Any:
     """ReduceMean over the image."""
     x = node.inputs[0]
     axes = node.constant(1) if len(node.inputs) > 1 else np.asarray(node.integers("axes", ()))
     rank = x.ty.ndim
     if axes is None or rank not in MAPS or sorted(int(axis) % rank for axis in axes.reshape(-1)) != [*range(2, rank)]:
         return None
-    return mean_of_map(importer, x, keep=bool(node.attributes.get("keepdims", 1)))
+    return mean_of_map(emitter, x, keep=bool(node.attributes.get("keepdims", 1)))
 
 
-def flatten(importer: Importer, node: Node) -> Any:
+def flatten(emitter: Emitter, node: Node) -> Any:
     """Flatten or Reshape of [N, C, 1, 1] to [N, C]: nothing is moved."""
     x = node.inputs[0]
-    if not importer.has_channels_last(x) or any(int(size) != 1 for size in list(x.ty.shape)[2:]):
+    if not emitter.has_channels_last(x) or any(int(size) != 1 for size in list(x.ty.shape)[2:]):
         return None
     shape = node.constant(1) if len(node.inputs) > 1 else np.asarray([0, -1])
     channels = int(x.ty.shape[1])
     if shape is None or shape.size != 2 or int(shape[1]) not in (-1, channels):
         return None
-    return importer.bb.emit(relax.op.squeeze(importer.channels_last(x), axis=list(range(1, x.ty.ndim - 1))))
+    return emitter.bb.emit(relax.op.squeeze(emitter.channels_last(x), axis=list(range(1, x.ty.ndim - 1))))
 
 
-def lma(importer: Importer, node: Node) -> Any:
+def lma(emitter: Emitter, node: Node) -> Any:
     """edgekd.LMA: its segments are numbers in the loop. What reads codes is remembered, for a table."""
     numbers = [node.constant(index) for index in (1, 2, 3)]
     if any(array is None for array in numbers):
         return None
     segments = Segments(*(np.asarray(array, np.float32).reshape(-1) for array in numbers))
-    form, lanes = importer.form_of(segments), importer.processor.lanes
+    form, lanes = emitter.form_of(segments), emitter.processor.lanes
 
     def compute(x: Any) -> Any:
         return te.compute(x.shape, lambda *at: segments_of(x(*at), form, segments, lanes), name="lma")
 
-    made = importer.outermost(importer.call(compute, importer.innermost(node.inputs[0]), name="lma"))
-    if read := importer.codes.get(node.inputs[0]):
-        importer.segmented[made] = Segmented(read, segments)
+    made = emitter.outermost(emitter.call(compute, emitter.innermost(node.inputs[0]), name="lma"))
+    if read := emitter.codes.get(node.inputs[0]):
+        emitter.segmented[made] = Segmented(read, segments)
     return made
 
 
-def batch_normalization(importer: Importer, node: Node) -> Any:
+def batch_normalization(emitter: Emitter, node: Node) -> Any:
     """BatchNormalization of [N, C, H, W] as one multiplication and one addition."""
     numbers = [node.constant(index) for index in range(1, 5)]
     if any(array is None for array in numbers) or node.inputs[0].ty.ndim not in MAPS:
         return None
     gamma, beta, mean, variance = (np.asarray(array, np.float64) for array in numbers)
     scale = gamma / np.sqrt(variance + float(node.attributes.get("epsilon", 1e-5)))
-    slope, offset = (importer.vector(array.astype(np.float32)) for array in (scale, beta - mean * scale))
-    scaled = importer.bb.emit(relax.op.multiply(importer.channels_last(node.inputs[0]), slope))
-    return importer.bb.emit(relax.op.add(scaled, offset))
+    slope, offset = (emitter.vector(array.astype(np.float32)) for array in (scale, beta - mean * scale))
+    scaled = emitter.bb.emit(relax.op.multiply(emitter.channels_last(node.inputs[0]), slope))
+    return emitter.bb.emit(relax.op.add(scaled, offset))
 
 
-def clip(importer: Importer, node: Node) -> Any:
+def clip(emitter: Emitter, node: Node) -> Any:
     """Clip with constant limits. TVM's own also keeps track of NaN, at the price of two more comparisons."""
-    operands = importer.operands(Node(node.inputs[:1], {}))
+    operands = emitter.operands(Node(node.inputs[:1], {}))
     limits = [node.constant(index) for index in (1, 2)]
     given = [value is not None for value in [*node.inputs[1:3], None, None][:2]]
     if not operands or given != [limit is not None for limit in limits]:
@@ -290,28 +194,28 @@ def clip(importer: Importer, node: Node) -> Any:
     (x,) = operands
     for limit, op in zip(limits, (relax.op.maximum, relax.op.minimum), strict=True):
         if limit is not None:
-            x = importer.bb.emit(op(x, relax.const(limit.reshape(()), limit.dtype.name)))
+            x = emitter.bb.emit(op(x, relax.const(limit.reshape(()), limit.dtype.name)))
     return x
 
 
-def extreme(op: Callable[[Any, Any], Any]) -> Callable[[Importer, Node], Any]:
+def extreme(op: Callable[[Any, Any], Any]) -> Callable[[Emitter, Node], Any]:
     """Max or Min of several values."""
 
-    def convert(importer: Importer, node: Node) -> Any:
-        operands = importer.operands(node)
+    def convert(emitter: Emitter, node: Node) -> Any:
+        operands = emitter.operands(node)
         if not operands:
             return None
         made, *others = operands
         for other in others:
-            made = importer.bb.emit(op(made, other))
+            made = emitter.bb.emit(op(made, other))
         return made
 
     return convert
 
 
-def where(importer: Importer, node: Node) -> Any:
+def where(emitter: Emitter, node: Node) -> Any:
     """Where, with numbers as a part of the loop: so an LMA is picked by comparisons, without a look at memory."""
-    operands = importer.operands(node)
+    operands = emitter.operands(node)
     if not operands or isinstance(operands[0], GenericConst):
         return None
     numbers = [one.value.numpy() if isinstance(one, GenericConst) else None for one in operands]
@@ -328,20 +232,20 @@ def where(importer: Importer, node: Node) -> Any:
         chosen = [lambda *at, part=part: part(*at) if isinstance(part, te.Tensor) else part for part in parts]
         return te.compute(shape, lambda *at: tirx.Select(*(value(*at) for value in chosen)), name="chosen")
 
-    return importer.call(compute, *tensors, name="where")
+    return emitter.call(compute, *tensors, name="where")
 
 
-def prelu(importer: Importer, node: Node) -> Any:
+def prelu(emitter: Emitter, node: Node) -> Any:
     """PRelu with constant slopes."""
-    operands = importer.operands(node)
+    operands = emitter.operands(node)
     if not operands or node.constant(1) is None:
         return None
     (x, slope), zero = operands, relax.const(0.0)
-    below = importer.bb.emit(relax.op.multiply(importer.bb.emit(relax.op.minimum(x, zero)), slope))
-    return importer.bb.emit(relax.op.add(importer.bb.emit(relax.op.maximum(x, zero)), below))
+    below = emitter.bb.emit(relax.op.multiply(emitter.bb.emit(relax.op.minimum(x, zero)), slope))
+    return emitter.bb.emit(relax.op.add(emitter.bb.emit(relax.op.maximum(x, zero)), below))
 
 
-def pad(importer: Importer, node: Node) -> Any:
+def pad(emitter: Emitter, node: Node) -> Any:
     """Pad of [N, C, H, W] with a constant."""
     pads, value, rank = node.constant(1), node.constant(2), node.inputs[0].ty.ndim
     constant = node.attributes.get("mode", b"constant") == b"constant" and rank in MAPS
@@ -353,14 +257,14 @@ def pad(importer: Importer, node: Node) -> Any:
     def compute(x: Any) -> Any:
         return topi.nn.pad(x, before, after, filled, name="padded")
 
-    return importer.call(compute, importer.channels_last(node.inputs[0]), name="pad")
+    return emitter.call(compute, emitter.channels_last(node.inputs[0]), name="pad")
 
 
-def strided_slice(importer: Importer, node: Node) -> Any:
+def strided_slice(emitter: Emitter, node: Node) -> Any:
     """Slice of [N, C, H, W] with constant limits along C, H and W."""
     parts = [node.constant(index) for index in range(1, len(node.inputs))]
     x = node.inputs[0]
-    if not importer.has_channels_last(x) or len(parts) < 3 or any(part is None for part in parts):
+    if not emitter.has_channels_last(x) or len(parts) < 3 or any(part is None for part in parts):
         return None
     starts, ends, axes, *steps = ([int(one) for one in np.asarray(part).reshape(-1)] for part in parts)
     stride = steps[0] if steps else [1] * len(axes)
@@ -370,19 +274,19 @@ def strided_slice(importer: Importer, node: Node) -> Any:
     where = [with_channels_last(axis, rank) for axis in axes]
     sizes = [int(x.ty.shape[axis % rank]) for axis in axes]
     ends = [min(end, size) for end, size in zip(ends, sizes, strict=True)]
-    return importer.bb.emit(relax.op.strided_slice(importer.channels_last(x), where, starts, ends, stride))
+    return emitter.bb.emit(relax.op.strided_slice(emitter.channels_last(x), where, starts, ends, stride))
 
 
-def concat(importer: Importer, node: Node) -> Any:
+def concat(emitter: Emitter, node: Node) -> Any:
     """Concat of values [N, C, H, W]."""
-    operands = importer.operands(node)
+    operands = emitter.operands(node)
     if not operands:
         return None
     axis = with_channels_last(int(node.attributes["axis"]), operands[0].ty.ndim)
-    return importer.bb.emit(relax.op.concat(operands, axis))
+    return emitter.bb.emit(relax.op.concat(operands, axis))
 
 
-def resize(importer: Importer, node: Node) -> Any:
+def resize(emitter: Emitter, node: Node) -> Any:
     """Resize by nearest neighbours: which pixel stands where is known now. TVM's own takes others in some modes."""
     x, scales, known = node.inputs[0], node.constant(2), ("mode", "coordinate_transformation_mode", "nearest_mode")
     mode, coordinates, rounding = (
@@ -409,7 +313,7 @@ def resize(importer: Importer, node: Node) -> Any:
 
     repeats = [_repeats(index, size) for index, size in zip(read, sizes, strict=True)]
     tables = [relax.const(index, "int32") for index, by in zip(read, repeats, strict=True) if not by]
-    return importer.call(compute, importer.channels_last(x), *tables, name="resize")
+    return emitter.call(compute, emitter.channels_last(x), *tables, name="resize")
 
 
 def _nearest(size: int, by: float, coordinates: str, rounding: str) -> Array:
@@ -429,7 +333,7 @@ def _repeats(index: Array, size: int) -> int:
     return by if by and np.array_equal(index, np.arange(size * by) // by) else 0
 
 
-CONVERTERS: dict[str, Callable[[Importer, Node], Any]] = {
+CONVERTERS: dict[str, Callable[[Emitter, Node], Any]] = {
     "AveragePool": pool("avg"), "BatchNormalization": batch_normalization, "Clip": clip, "Concat": concat,
     "Conv": convolution, "ConvTranspose": transposed_convolution, "DequantizeLinear": dequantize, "Flatten": flatten,
     "Gemm": dense, "GlobalAveragePool": global_average_pool, "LMA": lma, "MatMul": dense,

@@ -8,41 +8,22 @@ in registers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tvm import relax, te, tirx
 
 from edgekd.backends.tvm import products
-from edgekd.backends.tvm.segments import ROUNDER, Segments, looked_up
-
-if TYPE_CHECKING:
-    from edgekd.backends.tvm.importer import Importer, Node
+from edgekd.backends.tvm.emitter import Codes, Emitter, Node
+from edgekd.backends.tvm.segments import ROUNDER, looked_up
 
 Array = npt.NDArray[Any]
 # Dimensions of values that have their channels innermost, or can be had so: [N, D], images, volumes.
 INNERMOST = (2, 4, 5)
 
 
-@dataclass(frozen=True)
-class Codes:
-    """What a value is made of: int8 codes times the scale, which is one or one per output channel."""
-
-    codes: Any  # a variable, or the array itself where it is constant
-    scale: Array
-
-
-@dataclass(frozen=True)
-class Segmented:
-    """An LMA layer that read codes."""
-
-    read: Codes
-    segments: Segments
-
-
-def quantize(importer: Importer, node: Node) -> Any:
+def quantize(emitter: Emitter, node: Node) -> Any:
     """QuantizeLinear of an image, a volume or [N, D] with one constant scale; that of a constant is a constant."""
     array, scale, zero = (node.constant(index) for index in range(3))
     if scale is None or zero is None or scale.ndim > 1 or zero.dtype not in (np.int8, np.uint8):
@@ -53,14 +34,14 @@ def quantize(importer: Importer, node: Node) -> Any:
     given = node.inputs[0]
     if scale.size > 1 or given.ty.ndim not in INNERMOST:
         return None
-    layer = importer.segmented.get(given)
-    if layer and zero.dtype == np.int8 and importer.processor.looks_up_bytes:
+    layer = emitter.segmented.get(given)
+    if layer and zero.dtype == np.int8 and emitter.processor.looks_up_bytes:
         values = np.arange(-128, 128).astype(np.float32) * np.float32(layer.read.scale.item())
         table = _rounded(layer.segments(values), scale, zero)
         x, compute = layer.read.codes, _elementwise(lambda one: looked_up(one, table), products.LOOKED_UP)
     else:
         x, compute = given, _elementwise(_rounding(scale, zero), "codes")
-    return importer.call(compute, importer.innermost(x), name="quantize")
+    return emitter.call(compute, emitter.innermost(x), name="quantize")
 
 
 def _rounded(array: Array, scale: Array, zero: Array) -> Array:
@@ -87,7 +68,7 @@ def _elementwise(function: Callable[[Any], Any], name: str) -> Callable[[Any], A
     return lambda x: te.compute(x.shape, lambda *at: function(x(*at)), name=name)
 
 
-def dequantize(importer: Importer, node: Node) -> Any:
+def dequantize(emitter: Emitter, node: Node) -> Any:
     """DequantizeLinear with a constant scale and the zero point 0; that of a constant is a constant."""
     array, scale, zero = (node.constant(index) for index in range(3))
     if scale is None or zero is None or scale.ndim > 1:
@@ -98,17 +79,17 @@ def dequantize(importer: Importer, node: Node) -> Any:
         value = (array.astype(np.int32) - zero.astype(np.int32).reshape(along)) * scale.reshape(along)
         made = relax.const(value.astype(np.float32), "float32")
         if signed:
-            importer.codes[made] = Codes(array, scale.reshape(along))
+            emitter.codes[made] = Codes(array, scale.reshape(along))
         return made
     codes = node.inputs[0]
     if codes.ty.ndim not in INNERMOST or scale.size > 1:
         return None
-    number = importer.bb.emit(relax.op.astype(importer.innermost(codes), "float32"))
+    number = emitter.bb.emit(relax.op.astype(emitter.innermost(codes), "float32"))
     if zero.any():
-        number = importer.bb.emit(relax.op.subtract(number, relax.const(float(zero.item()), "float32")))
-    value = importer.outermost(relax.op.multiply(number, relax.const(float(scale.item()), "float32")))
+        number = emitter.bb.emit(relax.op.subtract(number, relax.const(float(zero.item()), "float32")))
+    value = emitter.outermost(relax.op.multiply(number, relax.const(float(scale.item()), "float32")))
     if signed:
-        importer.codes[value] = Codes(codes, scale.reshape(-1))
+        emitter.codes[value] = Codes(codes, scale.reshape(-1))
     return value
 
 
@@ -125,11 +106,11 @@ def per_channel(kernel: Codes, axis: int) -> Array | None:
     return None if along_others else np.broadcast_to(scale.reshape(-1), (kernel.codes.shape[axis],))
 
 
-def scaled_sums(importer: Importer, x: Codes, product: products.Product, scales: Array) -> Any:
+def scaled_sums(emitter: Emitter, x: Codes, product: products.Product, scales: Array) -> Any:
     """The float result of a product of codes."""
-    emit, packed = importer.bb.emit, relax.const(product.weights, product.weights.dtype.name)
-    sums = importer.call(product.compute, importer.innermost(x.codes), packed, name=product.name)
+    emit, packed = emitter.bb.emit, relax.const(product.weights, product.weights.dtype.name)
+    sums = emitter.call(product.compute, emitter.innermost(x.codes), packed, name=product.name)
     if product.offset_sums.any():
-        sums = emit(relax.op.subtract(sums, importer.vector(product.offset_sums)))
+        sums = emit(relax.op.subtract(sums, emitter.vector(product.offset_sums)))
     scale = (x.scale * scales).astype(np.float32)
-    return emit(relax.op.multiply(emit(relax.op.astype(sums, "float32")), importer.vector(scale)))
+    return emit(relax.op.multiply(emit(relax.op.astype(sums, "float32")), emitter.vector(scale)))
