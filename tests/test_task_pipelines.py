@@ -53,13 +53,15 @@ def test_every_task_has_a_case():
 # codes are rounded once more, as ONNX Runtime wants it, single ones move.
 TOLERANCE = {"fp32": 0.01, "fp16": 0.05, "int8": 0.2}
 BACKENDS = [name for name in registry.names("backend") if name != "null"]  # null computes nothing
-# A backend sees graphs: of one quantizer for each precision, and of the one that packs weights, it has seen all kinds.
+# A backend sees graphs: of one quantizer for each precision, of the one that packs weights, and of the one whose graph
+# torch has rounded, it has seen all kinds.
 KINDS = ("none", "ptq", "fp16")
+OTHER_GRAPHS = {("quantized_distillation", "tvm"), ("qat", "tvm"), ("qat", "openvino")}
 PAIRS = [
     (quantizer, backend)
     for quantizer in registry.names("quantizer")
     for backend in BACKENDS
-    if quantizer in KINDS or backend == "onnxruntime" or (quantizer, backend) == ("quantized_distillation", "tvm")
+    if quantizer in KINDS or backend == "onnxruntime" or (quantizer, backend) in OTHER_GRAPHS
 ]
 OPTIONS = {"ptq": ", calibrate: minmax", "qat": ", epochs: 1", "quantized_distillation": ", epochs: 1"}
 
