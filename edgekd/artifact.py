@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -289,10 +290,18 @@ def _writing(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        number, file = _refusal(error)
         # Reading the user's data may be refused as well, and is not the store's affair.
-        if error.errno not in REFUSALS or not str(error.filename or root).startswith(str(root)):
+        if number not in REFUSALS or not (file or str(root)).startswith(str(root)):
             raise
-        reason, fix = REFUSALS[error.errno]
-        raise StoreError(
-            f"the store {root} cannot be used: {reason}", allowed=f"at {error.filename or root}", fix=fix
-        ) from error
+        reason, fix = REFUSALS[number]
+        raise StoreError(f"the store {root} cannot be used: {reason}", allowed=f"at {file or root}", fix=fix) from error
+
+
+def _refusal(error: OSError) -> tuple[int | None, str]:
+    """The number of what was refused, and the file that was written, if it is known; of a tree, the first one."""
+    if isinstance(error, shutil.Error):  # a list of (source, target, text), or one of them
+        told = error.args[0][0] if isinstance(error.args[0], list) else error.args
+        found = re.match(r"\[Errno (\d+)\]", str(told[-1]))
+        return int(found[1]) if found else None, str(told[1])
+    return error.errno, str(error.filename2 or error.filename or "")

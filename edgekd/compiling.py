@@ -1,4 +1,4 @@
-"""From an ONNX file to the folder that goes to the device: examined first, then compiled by a backend."""
+"""From an ONNX file to the folder that goes to the device: compiled, or examined and prepared to be compiled there."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def compiled(
     Raises StageError when the compiler refuses it or crashes, MissingError without the backend.
     """
     backend.log = work / f"{backend.name}.log"
-    found = examined(model, work / "examined.log", backend, name=name)
+    found: dict[str, Any] = {"evidence": "compiled_on_host", "findings": [], "compiled": None}
+    if backend.builds_on == "device":
+        found = examined(model, work / "examined.log", backend, name=name)
     on_progress(0.0, f"compiling for {backend.name}")
     folder = out / ENGINE
     folder.mkdir()
@@ -48,21 +50,19 @@ def compiled(
     (out / LOG).mkdir()
     for log in work.glob("*.log"):
         shutil.copyfile(log, out / LOG / log.name)
-    made = {"evidence": "compiled_on_host", "size_bytes": size_of(folder)} if backend.builds_on == "host" else {}
+    made = {"size_bytes": size_of(folder)} if backend.builds_on == "host" else {}
     return {"backend": backend.name, "facts": facts, **found, **made}
 
 
 def examined(model: Path, log: Path, backend: Backend, *, name: str) -> dict[str, Any]:
-    """What is known of a model before its device is reached: {evidence, findings, compiled}. Raises StageError when its
-    compiler would refuse it; one that crashes or hangs, and is not the one that will compile it, proves nothing.
+    """What is known of a model before its device is reached: {evidence, findings, compiled}. Raises StageError when the
+    compiler there would refuse it; one that crashes or hangs here is another one and proves nothing.
 
     log: a file for what a compiler prints.
     """
     try:
         found = backend.examine(model, log)
     except StageError as error:
-        if backend.builds_on == "host":
-            raise
         problems = [{"node": "", "reason": one, "fix": "", "effect": "rejected"} for one in backend.check(model)]
         found = {"evidence": "linted", "findings": problems, "compiled": {"alarms": [error.what], "refused": []}}
     known = found["compiled"] or {}

@@ -12,6 +12,7 @@ from edgekd.errors import StageError, shown
 # The agent's documents are a few hundred kilobytes and 6 levels deep; what is more did not come from the agent.
 LIMIT_BYTES = 16 << 20
 LIMIT_DEPTH = 16
+ANSWERS = "run it again, and see whether anything else answers there in the place of edgekd's agent"
 
 
 def _printable(text: str) -> str:
@@ -28,7 +29,7 @@ class Document(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-def parsed(text: str, source: str, *, limit: int = LIMIT_BYTES) -> dict[str, Any]:
+def parsed(text: str, source: str, *, limit: int = LIMIT_BYTES, fix: str = ANSWERS) -> dict[str, Any]:
     """The JSON object in a text. Raises StageError when it is too large, too deep or no JSON object."""
     try:
         if len(text) > limit:
@@ -40,7 +41,7 @@ def parsed(text: str, source: str, *, limit: int = LIMIT_BYTES) -> dict[str, Any
             raise ValueError(f"more than {LIMIT_DEPTH} levels deep")
         return document
     except (ValueError, RecursionError) as error:
-        raise _foreign(source, str(error), "expected: a JSON object") from error
+        raise _foreign(source, str(error), "expected: a JSON object", fix) from error
 
 
 def fitting(document: Any, kind: type[Document], source: str) -> dict[str, Any]:
@@ -51,13 +52,13 @@ def fitting(document: Any, kind: type[Document], source: str) -> dict[str, Any]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
         if first["type"] == "missing":
-            raise _foreign(source, f"{where} is missing", "expected: all that it writes") from None
+            raise _foreign(source, f"{where} is missing", "expected: all that it writes", ANSWERS) from None
         expected = first["msg"].removeprefix("Input ")
-        raise _foreign(source, f"{where} = {shown(first['input'])}", f"expected: it {expected}") from None
+        raise _foreign(source, f"{where} = {shown(first['input'])}", f"expected: it {expected}", ANSWERS) from None
 
 
-def _foreign(source: str, why: str, allowed: str) -> StageError:
-    return StageError(f"{source}: not what the agent writes: {why}", allowed=allowed, fix="run it again with --debug")
+def _foreign(source: str, why: str, allowed: str, fix: str) -> StageError:
+    return StageError(f"{source}: not what the agent writes: {why}", allowed=allowed, fix=fix)
 
 
 def _depth(value: Any) -> int:

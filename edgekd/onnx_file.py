@@ -16,12 +16,12 @@ import numpy.typing as npt
 
 from edgekd import building, compiling, registry, tasks
 from edgekd.artifact import Artifact, Store, key_of, sha256_of
-from edgekd.backends import Backend, Engine, load_runner
+from edgekd.backends import Backend, Engine, load_runner, model_file
 from edgekd.bench import benchmark, measure_alone
 from edgekd.bench.modes import Mode
 from edgekd.compiling import ENGINE
 from edgekd.device import Device
-from edgekd.errors import RecipeError
+from edgekd.errors import RecipeError, StageError
 from edgekd.recipe import Choice
 from edgekd.target import Target
 from edgekd.tasks import Judge
@@ -46,7 +46,7 @@ def compile_file(model: Path, target: Target, choice: Choice, store: Store, on_p
     backend: Backend = registry.create("backend", choice.name, options=choice.options)
     backend.require()
     spec = {"backend": choice.name, "options": choice.options, "threads": target.threads}
-    key = key_of(STAGE, 3, spec, {"onnx": sha256_of(model)})
+    key = key_of(STAGE, 4, spec, model_file.digests(model))
     with store.locked(key, on_wait=lambda: _log.warning("another run is compiling the same; waiting")):
         found = store.find(STAGE, key)
         if found is not None:
@@ -107,8 +107,15 @@ def time_file(
     """
     reference = compile_file(model, target, REFERENCE, store, on_progress)
     images = random_images(model)
-    run = load_runner(_engine("teacher", reference)).run
-    expected = np.concatenate([run(images[at : at + 1]) for at in range(len(images))])
+    try:
+        run = load_runner(_engine("teacher", reference)).run
+        expected = np.concatenate([run(images[at : at + 1]) for at in range(len(images))])
+    except Exception as error:  # ONNX Runtime's own, which have no common class
+        raise StageError(
+            f"ONNX Runtime cannot run {model}: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            allowed=f"it was asked about random images {list(images[:1].shape)}",
+            fix="see whether the sizes in the model fit together, and export it again",
+        ) from error
     if expected.ndim != 2 or len(expected) != len(images):
         raise _unfit(model, f"answers one image with {[1, *expected.shape[1:]]}")
     judge = Judge(Classification(), expected.argmax(1), expected.shape[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -231,6 +232,19 @@ def test_a_full_disk(small_disk):
     ]
     assert content(store.root) == [f"work/{KEY}/lock"]
     publish(store)
+
+
+@pytest.mark.parametrize("copy", [shutil.copyfile, shutil.copytree])
+def test_a_disk_that_a_copy_fills(small_disk, tmp_path, copy):
+    """Python names the source of such an error first, and of a tree it lists them."""
+    store, source = Store(small_disk / "store"), tmp_path / "source"
+    source.mkdir()
+    (source / "big").write_bytes(bytes(100_000))
+    source = source / "big" if copy is shutil.copyfile else source
+    what, where, fix = refused(store, lambda out: {"copied": str(copy(source, out / "copied"))})
+    assert what == f"error: the store {store.root} cannot be used: the disk is full"
+    assert where.startswith(f"       at {store.root}/work/{KEY}/") and "/copied" in where
+    assert fix == "fix:   free some space, then run again: what is finished is kept"
 
 
 def test_a_read_only_disk(small_disk):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +82,20 @@ def test_a_fault_of_our_own(main, monkeypatch):
     )
     with pytest.raises(ZeroDivisionError):
         cli.main(["list", "--debug"])
+
+
+def test_a_full_disk_outside_the_store_is_no_fault_of_ours(main, monkeypatch):
+    def fill_up():
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/file")
+
+    monkeypatch.setattr(registry, "_table", fill_up)
+    assert main("list") == (
+        4,
+        "",
+        "error: the disk is full: /somewhere/file cannot be written\n"
+        f"       temporary files are in {tempfile.gettempdir()}; TMPDIR names another folder\n"
+        "fix:   free some space, then run again: what is finished is kept\n",
+    )
 
 
 def test_debug_shows_where_an_error_comes_from(main):

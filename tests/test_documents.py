@@ -93,7 +93,7 @@ def test_what_is_missing_is_named():
     assert str(caught.value).splitlines() == [
         "error: build.json: not what the agent writes: there is missing",
         "       expected: all that it writes",
-        "fix:   run it again with --debug",
+        "fix:   run it again, and see whether anything else answers there in the place of edgekd's agent",
     ]
 
 

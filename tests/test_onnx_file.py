@@ -70,7 +70,7 @@ def test_what_cannot_be_compiled_leaves_nothing(tmp_path, store):
         compiled(tmp_path / "nothing.onnx", store)
     bad = averaging(tmp_path / "bad.onnx")
     bad.write_bytes(bad.read_bytes()[:40])
-    with pytest.raises(StageError, match=r"backend onnxruntime cannot run .*bad\.onnx: bad\.onnx is not valid ONNX"):
+    with pytest.raises(StageError, match=r"error: bad\.onnx is not valid ONNX: it is cut off"):
         compiled(bad, store)
     assert not list((store.root / "store").rglob("manifest.json"))
 
@@ -104,6 +104,17 @@ def test_a_model_that_cannot_be_timed(tmp_path, store, change, why):
             model, made, targets.load("local"), "local:", store, SingleStream(), lambda share, text: None
         )
     assert caught.value.what.endswith(f"cannot be timed: it {why}")
+
+
+def test_a_model_whose_sizes_do_not_fit_is_no_fault_of_ours(tmp_path, store):
+    model = onnx.load(tiny_onnx(tmp_path / "tiny.onnx"))
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 4  # the checker lets it pass
+    onnx.save(model, tmp_path / "tiny.onnx")
+    made, local = compiled(tmp_path / "tiny.onnx", store), targets.load("local")
+    with pytest.raises(StageError, match=r"ONNX Runtime cannot run .*tiny\.onnx: .* Input channels C is not equal"):
+        onnx_file.time_file(
+            tmp_path / "tiny.onnx", made, local, "local:", store, SingleStream(), lambda share, text: None
+        )
 
 
 # --- the command line ---------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ To add a backend, write such a folder; tests/backends/test_backend_conformance.p
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from edgekd.backends import loading
 from edgekd.errors import MissingError
 from edgekd.target import Target
 
@@ -149,8 +149,4 @@ def write_settings(out: Path, settings: Mapping[str, Any]) -> None:
 
 def load_runner(engine: Engine) -> Any:
     """Open an engine on this machine, by the very file that does so on the device; see above for what it returns."""
-    spec = importlib.util.spec_from_file_location(f"edgekd_runner_{engine.backend}", engine.runner)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.load(str(engine.folder))
+    return loading.load(str(engine.runner), str(engine.folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgekd.artifact import FULL
 from edgekd.errors import StageError
 
 LAST_LINES = 8
@@ -42,10 +44,11 @@ def result_of(
     said = log or result.with_suffix(".log")
     how = ended(argv, said, timeout, cwd=cwd, environment=environment, expected=expected, watch=watch)
     if how or not result.is_file():
+        lines = last_lines(said)
         raise StageError(
             f"{what}: it {how or 'ended without a result'}",
-            allowed=last_lines(said) + (f"\n       all of them: {log}" if log else ""),
-            fix=fix,
+            allowed=lines + (f"\n       all of them: {log}" if log else ""),
+            fix=FULL if os.strerror(errno.ENOSPC) in lines else fix,
         )
     content: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return content

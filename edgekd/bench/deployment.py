@@ -156,7 +156,7 @@ def _said(line: str, key: str) -> dict[str, Any] | None:
 
 def _failure(finished: Finished, url: str, attempts: int, backend: str) -> StageError:
     lines = [line for line in finished.stderr_tail if not _said(line, "progress")]
-    what, fix = "the agent ended without a result", "see whether the engine runs there by itself"
+    what, fix, said = "the agent ended without a result", "see whether the engine runs there by itself", ""
     if finished.status < 0:
         times = f" {attempts} times" if attempts > 1 else ""
         what = f"the agent was killed{times} (signal {signal.Signals(-finished.status).name})"
@@ -171,7 +171,8 @@ def _failure(finished: Finished, url: str, attempts: int, backend: str) -> Stage
         said = last_lines(lines) if lines else ""
         return DiskFull(f'benchmark on "{url}": {what}', allowed=said, fix=free_some_space(url))
     elif "this engine is for" in what:
+        said = "an engine runs on the kind of processor, or of GPU, that it is compiled for"
         fix = "compile it for that machine: another --target, or other options of the backend: edgekd list backends"
     elif "sha256" in what:
         fix = "send it again: edgekd bench"
-    return StageError(f'benchmark on "{url}": {what}', allowed=last_lines(lines) if lines else "", fix=fix)
+    return StageError(f'benchmark on "{url}": {what}', allowed=said or (last_lines(lines) if lines else ""), fix=fix)

@@ -6,18 +6,29 @@ Exit codes: 0 ok, 1 internal, 2 recipe or usage, 3 missing backend or device, 4 
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from edgekd import __version__
+from edgekd.artifact import FULL
 from edgekd.cli import evaluating, looking, preparing, running
-from edgekd.errors import BoardFailed, BudgetMissed, EdgekdError, MissingError, RecipeError, ResultInvalid
+from edgekd.errors import (
+    BoardFailed,
+    BudgetMissed,
+    EdgekdError,
+    MissingError,
+    RecipeError,
+    ResultInvalid,
+    StoreError,
+)
 
 INTERRUPTED = 130
 # Typer brings its own copy of click's exceptions: what a command line can do wrong is their common ancestor.
@@ -86,6 +97,13 @@ def _unexpected(error: Exception) -> EdgekdError:
             f"the Python package {error.name!r} is not installed",
             allowed="training and export need more than the plain install",
             fix="pip install 'edgekd[train]', and see: edgekd doctor",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename2 or error.filename
+        return StoreError(
+            f"the disk is full{f': {place} cannot be written' if place else ''}",
+            allowed=f"temporary files are in {tempfile.gettempdir()}; TMPDIR names another folder",
+            fix=FULL,
         )
     return EdgekdError(
         f"internal: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",

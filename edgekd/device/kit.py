@@ -19,6 +19,7 @@ from edgekd.registry import register
 
 VERSION = 1
 LIMIT_BYTES = 1 << 30
+COPY_AGAIN = "copy it again, or run there: python3 run.py"
 _SAYS = "import pathlib, sys; sys.stdout.write(pathlib.Path('said').read_text())"
 
 
@@ -36,7 +37,7 @@ def read(path: Path) -> dict[str, Any]:
         ) from error
     except UnicodeDecodeError as error:
         raise _not_results(path, "it is no text") from error
-    content = parsed(text, str(path), limit=LIMIT_BYTES)
+    content = parsed(text, str(path), limit=LIMIT_BYTES, fix=COPY_AGAIN)
     seal = content.pop("seal", None)
     if content.get("edgekd_results") != VERSION or not isinstance(content.get("jobs"), dict):
         raise _not_results(path, f"edgekd_results = {json.dumps(content.get('edgekd_results'))[:20]}")
@@ -49,7 +50,7 @@ def _not_results(path: Path, why: str) -> StageError:
     return StageError(
         f"{path} is damaged, or not what a kit's run.py wrote: {why}",
         allowed=f"expected: JSON with edgekd_results = {VERSION}, sealed, of at most {LIMIT_BYTES >> 20} MB",
-        fix="copy it again, or run there: python3 run.py",
+        fix=COPY_AGAIN,
     )
 
 

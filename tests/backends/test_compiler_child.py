@@ -48,6 +48,13 @@ def test_how_it_ended_is_said_with_its_last_lines(tmp_path, line, how):
     )
 
 
+def test_on_a_full_disk_the_model_is_not_to_blame(tmp_path):
+    line = "sys.exit('ld: final link failed: No space left on device')"
+    with pytest.raises(StageError) as caught:
+        result_of(program(line), tmp_path)
+    assert caught.value.fix == "free some space, then run again: what is finished is kept"
+
+
 def test_one_that_hangs_is_ended_with_its_children(tmp_path):
     lines = [
         "import subprocess, time",

@@ -146,7 +146,7 @@ def test_an_unsupported_operator_is_named(tmp_path, make_onnx):
 
 
 def test_a_processor_that_does_not_exist_is_refused(make_onnx, tmp_path):
-    with pytest.raises(StageError, match=r"pentium9 is no CPU of x86_64 that LLVM knows: .*znver4"):
+    with pytest.raises(StageError, match=r"pentium9 is no CPU of x86_64 among the \d+ that LLVM knows, as pentium"):
         create(arch="x86_64", cpu="pentium9").compile(make_onnx(), tmp_path, threads=1)
 
 

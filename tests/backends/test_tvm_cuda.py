@@ -178,6 +178,7 @@ def test_a_benchmark_without_the_gpu_says_what_to_do(tmp_path):
         )  # fmt: skip
     error = caught.value
     assert error.what.startswith('benchmark on "local:": ') and "EngineError: this engine is for " in error.what
+    assert error.allowed == "an engine runs on the kind of processor, or of GPU, that it is compiled for"
     assert error.fix.startswith("compile it for that machine: another --target, or other options of the backend")
 
 

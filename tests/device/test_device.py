@@ -292,5 +292,5 @@ def test_a_device_whose_facts_are_of_other_types_is_a_clear_error(tmp_path):
     assert str(caught.value).splitlines() == [
         'error: the facts of local:: not what the agent writes: cores = "many"',
         "       expected: it should be a valid integer",
-        "fix:   run it again with --debug",
+        "fix:   run it again, and see whether anything else answers there in the place of edgekd's agent",
     ]

@@ -61,19 +61,14 @@ def _shapes(path: Path) -> tuple[list[int], list[int]]:
     """[C, H, W] of the input and [K] of the output, or [K, H, W] of maps."""
     import onnx
 
-    try:
-        onnx.checker.check_model(str(path))
-        model = onnx.load(str(path), load_external_data=False)
-        image, logits = (
-            [dimension.dim_value for dimension in value[0].type.tensor_type.shape.dim]
-            for value in (model.graph.input, model.graph.output)
-        )
-    except (onnx.checker.ValidationError, IndexError) as error:
-        raise StageError(
-            f"{path} is not valid ONNX: {error}",
-            allowed="expected: a model of edgekd export",
-            fix="export the model again",
-        ) from error
+    from edgekd.backends import model_file
+
+    model_file.require(path, open_sizes=True)
+    model = onnx.load(str(path), load_external_data=False)
+    image, logits = (
+        [dimension.dim_value for dimension in value[0].type.tensor_type.shape.dim]
+        for value in (model.graph.input, model.graph.output)
+    )
     if len(image) < 4 or len(logits) < 2 or 0 in (*image[1:], *logits[1:]):
         raise StageError(
             f"{path} goes from {image} to {logits}",

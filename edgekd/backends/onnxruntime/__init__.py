@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from edgekd.backends import Backend, write_settings
+from edgekd.backends import Backend, opening, write_settings
 from edgekd.errors import MissingError, StageError
 from edgekd.registry import register
 
@@ -18,6 +18,7 @@ WHEELS = {
     **dict.fromkeys(("CUDAExecutionProvider", "TensorrtExecutionProvider"), "pip install onnxruntime-gpu"),
     "OpenVINOExecutionProvider": "pip install onnxruntime-openvino",
 }
+PROVIDER_ERROR = "ProviderError"  # of the runner
 OTHER_WHEEL = "build onnxruntime with it, or name another in the target"
 
 
@@ -58,48 +59,46 @@ class OnnxRuntime(Backend):
         return self._absent_provider()
 
     def check(self, onnx: Path) -> list[str]:
-        """Problems found by onnx's checker and by making a session."""
+        """Problems of the file, or found by making a session."""
         self.require()
-        import onnx as onnx_package
-
-        from edgekd.backends.onnxruntime import runner
-
         try:
-            onnx_package.checker.check_model(str(onnx), full_check=True)
-        except (onnx_package.checker.ValidationError, onnx_package.shape_inference.InferenceError) as error:
-            return [f"{onnx.name} is not valid ONNX: {_text(error)}"]
-        try:
-            runner.session(str(onnx), self._settings(threads=1))
-        except runner.ProviderError as error:
-            return [str(error)]
-        except runner.FAILURES as error:
-            return [f"onnxruntime cannot load {onnx.name}: {_text(error)}"]
-        return []
+            with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+                found = self._opened(onnx, Path(folder), threads=1)
+        except StageError as error:
+            return [error.what]
+        if found.get("kind") == PROVIDER_ERROR:
+            return [found["error"]]
+        return [f"onnxruntime cannot load {onnx.name}: {_text(found['error'])}"] if "error" in found else []
 
     def compile(self, onnx: Path, out: Path, *, threads: int) -> dict[str, Any]:
-        """Write the model and prove that it loads with exactly the providers asked for."""
+        """Write the model and prove, in a process of its own, that it loads with exactly the providers asked for."""
         self.require()
-        from edgekd.backends.onnxruntime import lma_tables, runner
+        from edgekd.backends.onnxruntime import lma_tables
 
-        settings = self._settings(threads)
-        shutil.copyfile(onnx, out / "model.onnx")
-        write_settings(out, settings)
-        try:
-            facts: dict[str, Any] = runner.load(str(out)).facts
-            tables = lma_tables.put(out / "model.onnx", settings, self.lma_table)
-        except runner.ProviderError as error:
+        found = self._opened(onnx, out, threads)
+        if found.get("kind") == PROVIDER_ERROR:
+            version = importlib.metadata.version("onnxruntime")
             raise MissingError(
-                str(error),
-                allowed=f"onnxruntime {importlib.metadata.version('onnxruntime')} has here: {', '.join(error.known)}",
+                found["error"],
+                allowed=f"onnxruntime {version} has here: {', '.join(found['known'])}",
                 fix="choose among these, or install a wheel that has it, for CUDA: pip install onnxruntime-gpu",
-            ) from error
-        except runner.FAILURES as error:
+            )
+        if "error" in found:
             raise StageError(
-                f"onnxruntime cannot load {onnx}: {_text(error)}",
-                allowed="the file is damaged, or asks for operators that this onnxruntime lacks",
-                fix="export the model again, or with a lower export.opset",
-            ) from error
-        return {**facts, **tables, "onnx": importlib.metadata.version("onnx")}
+                f"onnxruntime cannot load {onnx}: {_text(found['error'])}",
+                allowed="it asks for what this onnxruntime does not have",
+                fix="export the model in another form or a lower opset",
+            )
+        tables = lma_tables.put(out / "model.onnx", self._settings(threads), self.lma_table)
+        return {**found["facts"], **tables, "onnx": importlib.metadata.version("onnx")}
+
+    def _opened(self, onnx: Path, folder: Path, threads: int) -> dict[str, Any]:
+        from edgekd.backends import model_file
+
+        model_file.require(onnx, open_sizes=True)
+        model_file.write(onnx, folder / "model.onnx")
+        write_settings(folder, self._settings(threads))
+        return opening.opened(self, onnx, folder)
 
     def _absent_provider(self) -> str:
         """Told before anything is trained; for the CPU alone, which is always there, the runtime is not imported."""
@@ -120,9 +119,9 @@ class OnnxRuntime(Backend):
         }
 
 
-def _text(error: Exception) -> str:
+def _text(error: str) -> str:
     """The sentence a user can act on, without the C++ source locations that onnxruntime puts around it."""
-    text = str(error).strip().split("\n\n")[0]
+    text = error.strip().split("\n\n")[0]
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"^Load model from \S+ failed: ?", "", text)
     return re.sub(r"/\S+\.(h|cc|cpp):\d+ .*?\) (?=[A-Z])", "", text)

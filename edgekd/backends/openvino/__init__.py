@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -43,12 +42,13 @@ class OpenVino(Backend):
         return f"{' and '.join(missing)} not installed: pip install 'edgekd[openvino]'" if missing else ""
 
     def check(self, onnx: Path) -> list[str]:
-        """Problems found by onnx's checker, among the layers, and by compiling the model."""
+        """Problems of the file, among the layers, or found by compiling the model."""
         self.require()
-        if problems := _problems(onnx):
-            return problems
-        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-            found = self._opened(onnx, Path(folder), threads=1)
+        try:
+            with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+                found = self._opened(onnx, Path(folder), threads=1)
+        except StageError as error:
+            return [error.what]
         if found.get("kind") == DEVICE_ERROR:
             return [found["error"]]
         return [f"openvino cannot compile {onnx.name}: {_text(found['error'])}"] if "error" in found else []
@@ -56,8 +56,7 @@ class OpenVino(Backend):
     def compile(self, onnx: Path, out: Path, *, threads: int) -> dict[str, Any]:
         """Write the model and prove, in a process of its own, that it compiles for exactly the device asked for."""
         self.require()
-        problems = _problems(onnx)
-        found: dict[str, Any] = {"error": problems[0]} if problems else self._opened(onnx, out, threads)
+        found = self._opened(onnx, out, threads)
         if found.get("kind") == DEVICE_ERROR:
             raise MissingError(
                 found["error"],
@@ -67,8 +66,8 @@ class OpenVino(Backend):
         if "error" in found:
             raise StageError(
                 f"openvino cannot compile {onnx}: {_text(found['error'])}",
-                allowed="the file is damaged, or it asks for what this OpenVINO does not have",
-                fix="export the model again or in another form, or use another backend",
+                allowed="it asks for what this OpenVINO does not have",
+                fix="export the model in another form, or use another backend",
             )
         facts: dict[str, Any] = found["facts"]
         return facts
@@ -82,37 +81,26 @@ class OpenVino(Backend):
         return {"backend": self.name, "threads": threads, "device": self.device, "precision": self.precision}
 
 
-def _write(model: Path, out: Path) -> None:
-    """The model as OpenVINO computes it right."""
+def _write(file: Path, out: Path) -> None:
+    """The model as OpenVINO computes it right. Raises StageError for one that it is known to get wrong."""
     import onnx
 
+    from edgekd.backends import model_file
     from edgekd.backends.openvino.joins import kept_apart
 
-    loaded = onnx.load(model)
-    if any(node.op_type == "DequantizeLinear" for node in loaded.graph.node):
-        onnx.save(kept_apart(loaded), out)
-    else:
-        shutil.copyfile(model, out)
-
-
-def _problems(path: Path) -> list[str]:
-    """What onnx's checker says of a file, and LMA layers that OpenVINO is known to get wrong."""
-    import onnx
-
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        return [f"{path.name} is not valid ONNX: {str(error).strip().splitlines()[0]}"]
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    if not any(node.op_type == "DequantizeLinear" for node in nodes):
-        return []
-    clipped = {entry.value for node in nodes if node.op_type == "Clip" for entry in node.metadata_props
-               if entry.key == LMA_MARK}  # fmt: skip
-    return [
-        f"LMA layer {name} is written as clip_sum, which openvino computes wrongly between 8-bit codes: "
-        "export.form = relu_sum"
-        for name in sorted(clipped)
-    ]
+    model_file.require(file)
+    model_file.write(file, out)
+    model = onnx.load(str(out))
+    if not any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+        return
+    if clipped := sorted({entry.value for node in model.graph.node if node.op_type == "Clip"
+                          for entry in node.metadata_props if entry.key == LMA_MARK}):  # fmt: skip
+        raise StageError(
+            f"LMA in clip_sum, which openvino computes wrongly between 8-bit codes: {', '.join(clipped)}",
+            allowed="right between codes: relu_sum, number_sum",
+            fix="set export.form = relu_sum",
+        )
+    onnx.save(kept_apart(model), str(out))
 
 
 def _text(error: str) -> str:

@@ -181,19 +181,12 @@ class TensorRT(Backend):
     def _prepared(self, file: Path) -> onnx_package.ModelProto:
         import onnx as onnx_package
 
+        from edgekd.backends import model_file
         from edgekd.backends.tensorrt.prepare import prepared
         from edgekd.quantize.packing import float_from_packed
 
-        try:
-            model = onnx_package.load(str(file))
-            onnx_package.checker.check_model(model)
-        except Exception as error:  # protobuf, onnx and the operating system have no common error
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise StageError(
-                f"{file.name} is not valid ONNX: {reason}",
-                allowed="expected: a model of edgekd export",
-                fix="export the model again",
-            ) from error
+        model_file.require(file, open_sizes=True)
+        model = onnx_package.load(str(file))
         return prepared(float_from_packed(model), self.version)  # packed weights are codes in UINT8
 
 

@@ -111,22 +111,28 @@ class Tvm(Backend):
         return libraries.libraries(self.arch, gpu=bool(self.gpu))
 
     def check(self, onnx: Path) -> list[str]:
-        """Problems found by onnx's checker and by reading the model as TVM does."""
+        """Problems of the file, or found by reading the model as TVM does."""
         self.require()
-        if problems := _invalid(onnx):
-            return problems
+        from edgekd.backends import model_file
+
+        try:
+            model_file.require(onnx)
+        except StageError as error:
+            return [error.what]
         result = child.run({"onnx": str(onnx), **self._asked(1), "tuning": None}, self.timeout, self.log)
         return [f"tvm cannot compile {onnx.name}: {reason}" for reason in result["refused"]]
 
     def compile(self, onnx: Path, out: Path, *, threads: int) -> dict[str, Any]:
         """Compile in a process of its own and write the engine and what it needs of the processor."""
         self.require()
-        refused = _invalid(onnx)
-        result = {} if refused else self._compiled(onnx, out, threads)
-        if reasons := refused or result["refused"]:
+        from edgekd.backends import model_file
+
+        model_file.require(onnx)
+        result = self._compiled(onnx, out, threads)
+        if reasons := result["refused"]:
             raise StageError(
                 f"tvm cannot compile {onnx}: {reasons[0]}",
-                allowed="the file is damaged, or it or the backend's options ask for what this TVM does not have",
+                allowed="it or the backend's options ask for what this TVM does not have",
                 fix="export the model again or in another form, correct the options, or use another backend",
             )
         write_settings(out, {"backend": self.name, "threads": threads, **result["settings"]})
@@ -166,14 +172,3 @@ def _budget(tuning: str | dict[str, float]) -> dict[str, float] | None:
         )
     asked = unlimited | tuning
     return {"trials": int(asked["trials"]), "minutes": asked["minutes"]}
-
-
-def _invalid(path: Path) -> list[str]:
-    """What onnx's checker says of a file."""
-    import onnx
-
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        return [f"{path.name} is not valid ONNX: {str(error).strip().splitlines()[0]}"]
-    return []

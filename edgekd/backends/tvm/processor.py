@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import subprocess
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ import tvm
 from edgekd.backends.tvm.dot import SDOT, VNNI, Dot
 
 ARCHITECTURES = ("aarch64", "x86_64")
+NAMED = 8  # CPUs that an error names
 # What LLVM calls an instruction set, and what Linux calls it, where they differ in more than underscores.
 LINUX_NAMES = {"dotprod": "asimddp", "fullfp16": "asimdhp", "sve": "sve", "sve2": "sve2"}
 # Instruction sets of x86 that code for a newer processor is likely to use.
@@ -79,7 +81,8 @@ def processor_of(arch: str, cpu: str, threads: int) -> Processor:
     cpu = cpu or str(tvm.target.codegen.llvm_get_system_cpu())
     known = {str(name) for name in tvm.target.codegen.llvm_get_cpu_archlist(tvm.target.Target(_fields(arch)))}
     if cpu not in known:
-        raise ValueError(f"{cpu} is no CPU of {arch} that LLVM knows: {', '.join(sorted(known))}")
+        close = difflib.get_close_matches(cpu, sorted(known), NAMED, 0.0)
+        raise ValueError(f"{cpu} is no CPU of {arch} among the {len(known)} that LLVM knows, as {', '.join(close)}")
     target = tvm.target.Target(_fields(arch) | {"mcpu": cpu})
     features = {str(name) for name in tvm.target.codegen.llvm_get_cpu_features(target)}
     if arch == "aarch64":
