@@ -49,7 +49,7 @@ def folder(tiny):
         ),
         (
             ["distill.method=dfad", "distill.train.batch_size=90"], 4,
-            "error: the method takes every batch 5 times in a row, and an epoch has 2 steps",
+            "error: the method takes every batch 5 times in a row, and the steps of an epoch are 2",
             ["as many steps in an epoch at least", "fix:   lower train.batch_size or how often the method replays"],
         ),
         (

@@ -108,7 +108,7 @@ def check_replays(method: Method, batches: int) -> None:
     """Raise StageError when an epoch ends before its first batch has been replayed as often as the method asks."""
     if method.replays > batches:
         raise StageError(
-            f"the method takes every batch {method.replays} times in a row, and an epoch has {batches} steps",
+            f"the method takes every batch {method.replays} times in a row, and the steps of an epoch are {batches}",
             allowed="expected: as many steps in an epoch at least",
             fix="lower train.batch_size or how often the method replays, or give more training samples",
         )

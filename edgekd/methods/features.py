@@ -72,7 +72,9 @@ class FeatureMethod(Method):
             raise RecipeError(
                 f'distill.{owner}_taps: "{path}" gives {list(feature.shape)} for {len(feature)} images',
                 allowed="expected: a feature map [B, C, H, W]",
-                fix="tap a convolutional part of the network",
+                fix="tap a convolutional part of the network"
+                if feature.ndim < 4
+                else "set distill.method = kd for volumes",
                 key=f"distill.{owner}_taps",
             )
         return self._shaped(feature).shape[1:]

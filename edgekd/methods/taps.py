@@ -118,7 +118,7 @@ def default_taps(network: nn.Module, place: Place, owner: Owner) -> list[str]:
     """Where edgekd's own networks are tapped: `maps` at the ends of the stages, the `embedding` before the logits; an
     ensemble in its first member, a sensor in its network.
 
-    Raises RecipeError for any other network: its owner has to say.
+    Raises RecipeError for any other network, and for a U-Net's embedding, which it has not: its owner has to say.
     """
     if paths := member_paths(network):
         first, *_ = paths
@@ -138,7 +138,7 @@ def default_taps(network: nn.Module, place: Place, owner: Owner) -> list[str]:
         pools = parts["features"].named_children()
         return [f"features.{number}" for number, module in pools if isinstance(module, nn.MaxPool2d)]
     raise RecipeError(
-        f"the {owner} is no network of edgekd's own, and distill.{owner}_taps does not say where to tap it",
+        f"where the {owner} has its {place} is not known, and distill.{owner}_taps does not say it",
         allowed=f"its modules: {', '.join(name for name, _ in network.named_children())}, and those inside of them",
         fix=f"name modules: --set 'distill.{owner}_taps=[PATH, ...]'",
         key=f"distill.{owner}_taps",

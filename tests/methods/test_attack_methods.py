@@ -235,7 +235,7 @@ def test_an_epoch_too_short_to_replay_a_batch(tmp_path):
             augment=Augment(), seed=0, work=tmp_path,
         )  # fmt: skip
     assert str(caught.value) == (
-        "error: the method takes every batch 5 times in a row, and an epoch has 2 steps\n"
+        "error: the method takes every batch 5 times in a row, and the steps of an epoch are 2\n"
         "       expected: as many steps in an epoch at least\n"
         "fix:   lower train.batch_size or how often the method replays, or give more training samples"
     )

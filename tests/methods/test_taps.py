@@ -14,6 +14,7 @@ from edgekd import data, distill, networks, registry
 from edgekd.data import Dataset, Shape
 from edgekd.errors import RecipeError
 from edgekd.methods import Method, Setting, attachment
+from edgekd.methods.features import FeatureMethod
 from edgekd.methods.taps import Taps, default_taps
 from edgekd.recipe import Augment, Train
 
@@ -134,7 +135,7 @@ def test_taps_that_cannot_be_paired():
 
 def test_a_network_that_is_not_edgekds_own():
     assert problem(student=Foreign()) == [
-        "error: the student is no network of edgekd's own, and distill.student_taps does not say where to tap it",
+        "error: where the student has its maps is not known, and distill.student_taps does not say it",
         "       its modules: body, spare, split, head, and those inside of them",
         "fix:   name modules: --set 'distill.student_taps=[PATH, ...]'",
     ]
@@ -164,6 +165,18 @@ def test_a_map_is_wanted_and_a_vector_is_tapped():
         'error: distill.student_taps: "fc" gives [2, 5] for 2 images',
         "       expected: a feature map [B, C, H, W]",
         "fix:   tap a convolutional part of the network",
+    ]
+
+
+def test_a_unet_has_no_embedding_and_a_volume_no_maps():
+    unet = networks.build("unet", {"channels": 4}, Shape(1, 8, 8), 2, ("relu", {}), 0, maps=(8, 8))
+    with pytest.raises(RecipeError, match="where the student has its embedding is not known"):
+        default_taps(unet, "embedding", "student")
+    with pytest.raises(RecipeError) as caught:
+        FeatureMethod(None, None)._size(torch.zeros(2, 4, 8, 8, 8), "encoder.0", "student")
+    assert str(caught.value).splitlines()[1:] == [
+        "       expected: a feature map [B, C, H, W]",
+        "fix:   set distill.method = kd for volumes",
     ]
 
 
