@@ -113,7 +113,7 @@ def _looked_at(
     with tempfile.TemporaryDirectory() as folder:
         if install:
             bootstrap.install(Device(place.url, Path(folder)), packages)
-        device = Device(place.url, Path(folder))  # whose Python may be the one that was installed
+        device = Device(bootstrap.installed_url(place.url) if install else place.url, Path(folder))
         command = bootstrap.install_command(place.url, packages, given)
         return [*bootstrap.findings(device.facts(), packages, command), bootstrap.turn(device)]
 

@@ -19,6 +19,7 @@ from edgekd.backends import Engine
 from edgekd.bench.end_to_end import Pictures
 from edgekd.bench.measured import Measured
 from edgekd.device import AGENT, Device, Finished, Job, files_below, free_some_space, last_lines
+from edgekd.device.bootstrap import installed_url
 from edgekd.documents import LIMIT_BYTES, fitting, parsed
 from edgekd.errors import ConnectionLost, DiskFull, StageError
 
@@ -167,6 +168,8 @@ def _failure(finished: Finished, url: str, attempts: int, backend: str) -> Stage
     if "numpy is not installed" in what or "No module named" in what:
         install = [] if url.startswith("local:") else ["--install"]  # there it says which command of pip
         fix = shlex.join(["edgekd", "doctor", "--device", url, "--backend", backend, *install])
+        if (made := installed_url(url)) != url and install:
+            fix += f", and then: --device {shlex.quote(made)}"
     elif "disk is full" in what:
         said = last_lines(lines) if lines else ""
         return DiskFull(f'benchmark on "{url}": {what}', allowed=said, fix=free_some_space(url))

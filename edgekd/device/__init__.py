@@ -31,7 +31,7 @@ from edgekd.device.facts import Facts
 from edgekd.device.process import Finished, last_lines, run
 from edgekd.device.signature import sign
 from edgekd.documents import fitting, parsed
-from edgekd.errors import ConnectionLost, DiskFull, StageError
+from edgekd.errors import ConnectionLost, DiskFull, RecipeError, StageError, unknown_key
 
 __all__ = [
     "AGENT", "BusyError", "Device", "Finished", "Job", "Transport", "disk_full", "files_below", "free_some_space",
@@ -129,14 +129,14 @@ class Device:
     def __init__(self, url: str, workdir: Path, options: Mapping[str, Any] | None = None) -> None:
         self.url = url
         address, _, query = url.partition("?")
-        self.transport: Transport = registry.create(
-            "transport",
-            url.partition(":")[0],
-            address,
-            workdir,
-            options={**dict(parse_qsl(query)), **(options or {})},
-            where=f"the scheme of device {url!r}",
-        )
+        scheme, given = url.partition(":")[0], {**dict(parse_qsl(query)), **(options or {})}
+        try:
+            known = registry.entry("transport", scheme, "its scheme").options
+            for name in (name for name in given if name not in known):
+                raise unknown_key("", name, known, of=f"transport {scheme}", fix="see: edgekd list transports")
+        except RecipeError as error:  # not of the recipe's file
+            raise RecipeError(f"device {url!r}: {error.what}", allowed=error.allowed, fix=error.fix) from None
+        self.transport: Transport = registry.create("transport", scheme, address, workdir, options=given)
 
     @contextmanager
     def job(self, name: str = "") -> Iterator[Job]:
@@ -310,8 +310,10 @@ def free_some_space(url: str) -> str:
 
 def not_signed(url: str, why: str) -> StageError:
     """Why a device does not run what it was sent, in its own words."""
+    sign_it = "sign it: --device 'ssh://...?signing_key=~/.ssh/id_ed25519', by a key that the board's owner has listed"
+    leave_it = "leave signing_key out of the device's URL, or have its owner list your key there"
     return StageError(
         f'device "{url}": {why}',
         allowed="its owner lists the keys whose signature it asks for; see docs/boards.md, Signed bundles",
-        fix="sign it: --device 'ssh://...?signing_key=~/.ssh/id_ed25519', by a key that the board's owner has listed",
+        fix=leave_it if "nobody would check" in why else sign_it,
     )

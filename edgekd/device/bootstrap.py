@@ -8,12 +8,13 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from edgekd.device import Device, last_lines, text_from_holder
+from edgekd.device import Device, disk_full, last_lines, text_from_holder
 from edgekd.errors import MissingError
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,13 @@ def install_command(url: str, packages: Sequence[str], options: Sequence[str] = 
     return shlex.join(
         here if url.startswith("local:") else ["edgekd", "doctor", "--device", url, *options, "--install"]
     )
+
+
+def installed_url(url: str) -> str:
+    """The device's URL without the Python that it names: by it, the one is taken that `install` has made."""
+    address, _, query = url.partition("?")
+    kept = [option for option in query.split("&") if option and not option.startswith("python=")]
+    return "?".join([address, "&".join(kept)] if kept else [address])
 
 
 def turn(device: Device) -> Finding:
@@ -127,7 +135,8 @@ def install(device: Device, packages: Sequence[str]) -> None:
     The wheels are downloaded here and sent, so that the device needs no network, and neither pip nor its package for
     virtual environments. What the device's own Python has (on a Jetson: tensorrt) stays visible in there.
 
-    Raises MissingError when there are no such wheels for the device, StageError when they cannot be installed there.
+    Raises MissingError when there are no such wheels for the device, DiskFull when they have no room there, StageError
+    when they cannot be installed.
     """
     if device.url.partition(":")[0] == "local":
         raise MissingError(
@@ -138,6 +147,7 @@ def install(device: Device, packages: Sequence[str]) -> None:
     facts = device.facts()
     with tempfile.TemporaryDirectory() as folder, device.reserved(_log.warning), device.job() as job:
         pip = _download(facts, packages, Path(folder), device.url)
+        _check_room(Path(folder), facts["disk_free_bytes"], device.url)
         job.put({"wheels": Path(folder)})
         venv = PurePosixPath(job.folder).parents[1] / "venv"
         python = str(venv / "bin/python")
@@ -146,6 +156,18 @@ def install(device: Device, packages: Sequence[str]) -> None:
             job.run(argv, timeout=INSTALL_TIMEOUT_S).check(f'making {venv} on "{device.url}"')
         argv = [python, f"wheels/{pip}/pip", "install", "--quiet", "--no-index", "--find-links", "wheels"]
         job.run([*argv, *packages], timeout=INSTALL_TIMEOUT_S).check(f'installing on "{device.url}"')
+    if device.url != installed_url(device.url):
+        _log.warning("all is in %s, for: --device %s", venv, shlex.quote(installed_url(device.url)))
+
+
+def _check_room(folder: Path, free: int, url: str) -> None:
+    """Raises DiskFull where wheels have no room on the device: what they hold, themselves, and the copy in the job."""
+    needed = 0
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            needed += 2 * wheel.stat().st_size + sum(file.file_size for file in archive.infolist())
+    if needed > free:
+        raise disk_full(url, "~/.edgekd", free, needed)
 
 
 def _download(facts: dict[str, Any], packages: Sequence[str], folder: Path, url: str) -> str:

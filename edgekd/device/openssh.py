@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from edgekd.device import porter, signers
+from edgekd.device.process import last_lines
 from edgekd.errors import MissingError, StageError
 
 CONNECT_TIMEOUT_S = 15
@@ -27,6 +28,7 @@ HELLO_TIMEOUT_S = 60.0  # until a loaded board has started its Python
 PATIENCE_S = 300.0  # with one step of a conversation: a slow card may write for minutes
 KEEPALIVE_S, KEEPALIVES = 5, 3  # a peer that is silent for 15 s is gone
 HANG_UP_S = 2.0
+SSH_FAILED = 255  # the exit status of ssh when it, and not the command, failed
 REPLY_LIMIT_BYTES = 1 << 20
 OLDEST_PYTHON = (3, 8)
 # Ours win over the user's configuration: no questions, no unknown host, nothing forwarded to the board.
@@ -157,6 +159,12 @@ class Connection:
                 f'device "{address.url}": there is no {named}',
                 allowed="edgekd needs Python 3.8 or newer there, and nothing else to begin with",
                 fix="log in and install it: sudo apt-get install python3",
+            )
+        if error.status != SSH_FAILED and error.status >= 0:
+            return MissingError(
+                f'device "{address.url}": its Python ended with exit status {error.status}',
+                allowed=last_lines(error.lines),
+                fix=f"see for yourself: {shlex.join([*address.client(), address.python or 'python3', '--version'])}",
             )
         return explained(address, "\n".join(error.lines))
 

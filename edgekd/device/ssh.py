@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from edgekd.artifact import sha256_of
 from edgekd.device import BusyError, Transport, disk_full, files_below, not_fetched, not_signed, porter, wait_for
-from edgekd.device.openssh import Address, Connection, Conversation, CutError, Held, UnreachableError
+from edgekd.device.openssh import SSH_FAILED, Address, Connection, Conversation, CutError, Held, UnreachableError
 from edgekd.device.process import Finished, last_lines
 from edgekd.errors import ConnectionLost, EdgekdError, RecipeError, StageError
 from edgekd.registry import register
@@ -31,7 +31,6 @@ RECONNECT_S = 90.0  # a board that was there may need so long to come back: it r
 RECONNECT_EVERY_S = 2.0
 ATTEMPTS = 5  # of one request, when the connection comes back each time and is lost again
 NOTICE_S = 1.0  # until ssh itself has noticed what a command of it died of
-SSH_FAILED = 255  # the exit status of ssh when it, and not the command, failed
 
 
 @dataclass(frozen=True)

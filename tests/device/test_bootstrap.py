@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import board_files
 import pytest
+import small_disk
 
 from edgekd import catalog
 from edgekd import target as targets
 from edgekd.agent.machine import facts
 from edgekd.device import Device, bootstrap
-from edgekd.errors import MissingError
+from edgekd.errors import DiskFull, MissingError
 
 URL = "ssh://pi@board"
 INSTALL = "edgekd doctor --device ssh://pi@board --install"
@@ -125,6 +128,34 @@ def test_a_system_that_no_wheels_are_made_for_is_a_clear_error(sshd, tmp_path, m
     assert caught.value.what.startswith(f'device "{device.url}": no wheels of numpy, onnxruntime for Python 3.')
     assert "there are wheels for Linux with glibc only" in caught.value.allowed
     assert caught.value.fix.endswith("or use a 64-bit system on the board")
+
+
+def test_a_board_without_room_for_what_shall_be_installed(sshd, tmp_path, monkeypatch):
+    def download(facts, packages, folder, url):
+        with zipfile.ZipFile(folder / "numpy-2.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+            wheel.writestr("numpy.so", bytes(20_000_000))
+        return "pip.whl"
+
+    monkeypatch.setattr(bootstrap, "_download", download)
+    device = Device(sshd.url(python=sys.executable), tmp_path)
+    with small_disk.mounted(sshd.home / ".edgekd", "10m"), pytest.raises(DiskFull) as caught:
+        bootstrap.install(device, ["numpy"])
+    assert re.fullmatch(
+        rf'device "{re.escape(device.url)}": its disk is full: \d+\.\d MB free, 20\.\d MB needed', caught.value.what
+    )
+    assert caught.value.allowed == "below ~/.edgekd"
+
+
+@pytest.mark.parametrize(
+    ("url", "made"),
+    [
+        ("ssh://board?python=/usr/bin/python3.8", "ssh://board"),
+        ("ssh://board?config=c&python=p&signing_key=k", "ssh://board?config=c&signing_key=k"),
+        ("ssh://board", "ssh://board"),
+    ],
+)
+def test_what_was_installed_is_not_looked_for_in_a_python_that_the_url_names(url, made):
+    assert bootstrap.installed_url(url) == made
 
 
 def test_a_package_that_does_not_exist_shows_what_pip_says(sshd, tmp_path):

@@ -52,7 +52,7 @@ def test_an_unknown_scheme_lists_the_known_ones(tmp_path):
     with pytest.raises(RecipeError) as caught:
         Device("locl:", tmp_path)
     lines = str(caught.value).split("\n")
-    assert lines[0] == """error: the scheme of device 'locl:' = "locl" is not a known transport"""
+    assert lines[0] == """error: device 'locl:': its scheme = "locl" is not a known transport"""
     assert "local" in lines[1]
     assert "closest: " in lines[1]
 
@@ -61,7 +61,9 @@ def test_an_unknown_scheme_lists_the_known_ones(tmp_path):
 def test_an_unknown_option_in_the_url_lists_the_known_ones(transport, tmp_path):
     with pytest.raises(RecipeError, match="pyton is not a known key or option") as caught:
         Device(f"{transport}:?pyton=/usr/bin/python3", tmp_path)
+    assert caught.value.what.startswith(f"device '{transport}:?pyton=/usr/bin/python3': pyton is not")
     assert 'closest: "python"' in caught.value.allowed
+    assert (caught.value.fix, caught.value.key) == ("write python, or see: edgekd list transports", "")
 
 
 def test_a_local_url_names_no_other_machine(tmp_path):

@@ -244,7 +244,10 @@ def test_a_board_without_numpy_says_how_to_install_it(sshd, tmp_path):
     with pytest.raises(StageError) as caught:
         measure(url, tmp_path / "host")
     assert caught.value.what == f'benchmark on "{url}": numpy is not installed for {tmp_path}/bare/bin/python'
-    assert caught.value.fix == f"edgekd doctor --device '{url}' --backend null --install"
+    assert caught.value.fix == (
+        f"edgekd doctor --device '{url}' --backend null --install,"
+        f" and then: --device '{url.replace(f'&python={tmp_path}/bare/bin/python', '')}'"
+    )
 
 
 @pytest.mark.parametrize("install", ["", " --install"], ids=["here", "there"])
@@ -255,4 +258,5 @@ def test_a_board_without_the_runtime_says_how_to_install_it(sshd, tmp_path, monk
     with pytest.raises(StageError) as caught:
         measure(url, tmp_path / "host")
     assert "a: ModuleNotFoundError: No module named 'no_such_runtime'" in caught.value.what.replace("student", "a")
-    assert caught.value.fix == f"edgekd doctor --device {shlex.quote(url)} --backend null{install}"
+    then = f", and then: --device '{sshd.url()}'" if install else ""
+    assert caught.value.fix == f"edgekd doctor --device {shlex.quote(url)} --backend null{install}{then}"

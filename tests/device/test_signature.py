@@ -165,6 +165,15 @@ def test_a_board_without_ssh_keygen(bundle, keys, monkeypatch):
 # ---------------------------------------------------------------- on the host
 
 
+def test_a_board_that_asks_for_no_signature(sshd, keys, tmp_path):
+    with pytest.raises(StageError) as caught:
+        Device(sshd.url(signing_key=str(keys["anna"])), tmp_path).facts()
+    assert (
+        "the bundle is signed, and nobody would check it: there is no /etc/edgekd/allowed_signers" in caught.value.what
+    )
+    assert caught.value.fix == "leave signing_key out of the device's URL, or have its owner list your key there"
+
+
 def test_a_host_without_ssh_keygen(bundle, keys, monkeypatch):
     monkeypatch.setenv("PATH", str(bundle.parent))
     with pytest.raises(MissingError) as caught:

@@ -343,6 +343,16 @@ def test_a_python_that_is_too_old(sshd, tmp_path):
     assert error.fix == "install a newer one beside it and name it: ssh://board?python=/usr/bin/python3.8"
 
 
+def test_a_python_that_does_not_start(sshd, tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'libpython3.8.so.1.0: cannot open shared object file' >&2; exit 3\n")
+    broken.chmod(0o755)
+    error = failure(sshd.url(python=str(broken)), tmp_path)
+    assert error.what == 'device "ssh://board": its Python ended with exit status 3'
+    assert "cannot open shared object file" in error.allowed
+    assert error.fix == f"see for yourself: ssh -F {sshd.config} board {broken} --version"
+
+
 def test_a_login_shell_that_talks(sshd, tmp_path):
     chatty = tmp_path / "python"
     chatty.write_text(f'#!/bin/sh\necho "Welcome to the board"; exec {sys.executable} "$@"\n')
