@@ -99,6 +99,14 @@ JETSON_NANO = {
     },
     **zones(CPU_therm=33500, PMIC_Die=100000),
 }
+THOR_VIN = "sys/bus/i2c/drivers/ina238/2-0044/hwmon/hwmon5/"
+JETSON_AGX_THOR = {
+    **device_tree("NVIDIA Jetson AGX Thor Developer Kit", "nvidia,p4071-0000+p3834-0008", "nvidia,tegra264"),
+    f"{THOR_VIN}name": "ina238",
+    f"{THOR_VIN}in1_input": "19620",
+    f"{THOR_VIN}curr1_input": "1610",
+    f"{THOR_VIN}power1_input": "31588200",
+}
 RAPL_MACHINE = {
     **zones(x86_pkg_temp=46000),
     **{

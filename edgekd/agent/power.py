@@ -1,4 +1,4 @@
-"""Power and energy by rail: INA3221 monitors on Jetsons, RAPL counters on x86."""
+"""Power and energy by rail: INA3221 and INA238 monitors on Jetsons, RAPL counters on x86."""
 
 from __future__ import annotations
 
@@ -15,35 +15,49 @@ SETTLE_S = 0.015  # after a model's turn has begun: the monitor's average still 
 NOT_CONNECTED = ("", "NC")
 
 
+# A sensor's name; the files whose values, multiplied with each other and this factor, are mW.
+Monitor = Tuple[str, Tuple[str, ...], float]
+
+
 class Rails:
     """The supply rails of this machine whose power or energy can be read."""
 
     def __init__(self, root: str = "/") -> None:
-        self._monitors = {}  # type: dict[str, tuple[str, ...]]
+        self._monitors = {}  # type: dict[str, Monitor]
         self._counters = {}  # type: dict[str, tuple[str, int]]
         for chip in sorted(glob.glob(os.path.join(root, "sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*"))):
             for channel in "123":
-                name = read(os.path.join(chip, f"in{channel}_label"))
-                paths = (os.path.join(chip, f"in{channel}_input"), os.path.join(chip, f"curr{channel}_input"))
-                if name not in NOT_CONNECTED and self._milliwatts(paths) is not None:
-                    self._monitors[name] = paths
+                files = (os.path.join(chip, f"in{channel}_input"), os.path.join(chip, f"curr{channel}_input"))  # mV, mA
+                self._add(read(os.path.join(chip, f"in{channel}_label")), ("ina3221", files, 1e-3))
         for chip in sorted(glob.glob(os.path.join(root, "sys/bus/i2c/drivers/ina3221x/*/iio:device*"))):
             for channel in "012":
-                name, path = (os.path.join(chip, text.format(channel)) for text in ("rail_name_{}", "in_power{}_input"))
-                if read(name) not in NOT_CONNECTED and self._milliwatts((path,)) is not None:
-                    self._monitors[read(name)] = (path,)
+                name, file = (os.path.join(chip, text.format(channel)) for text in ("rail_name_{}", "in_power{}_input"))
+                self._add(read(name), ("ina3221", (file,), 1.0))
+        # A Jetson Thor's, of the whole board; its kernel's driver knows no names.
+        for chip in sorted(glob.glob(os.path.join(root, "sys/bus/i2c/drivers/ina238/*/hwmon/hwmon*"))):
+            self._add(
+                read(os.path.join(chip, "label")) or "VIN", ("ina238", (os.path.join(chip, "power1_input"),), 1e-3)
+            )
         for zone in sorted(glob.glob(os.path.join(root, "sys/class/powercap/intel-rapl:*"))):
             path, name = os.path.join(zone, "energy_uj"), read(os.path.join(zone, "name"))
             if name and number(read(path)) is not None:  # readable by root alone, on most systems
                 self._counters[name] = (path, number(read(os.path.join(zone, "max_energy_range_uj"))) or 0)
 
+    def _add(self, name: str, monitor: Monitor) -> None:
+        if name not in NOT_CONNECTED and self._milliwatts(monitor) is not None:
+            self._monitors[name] = monitor
+
     def names(self) -> list[str]:
         """The rails, with the kind of sensor."""
-        return [f"{name} (ina3221)" for name in self._monitors] + [f"{name} (rapl)" for name in self._counters]
+        return [f"{name} ({self.sensor(name)})" for name in [*self._monitors, *self._counters]]
+
+    def sensor(self, name: str) -> str:
+        """What measures a rail."""
+        return self._monitors[name][0] if name in self._monitors else "rapl"
 
     def power_mw(self) -> dict[str, float]:
         """What the monitors read now."""
-        found = {name: self._milliwatts(paths) for name, paths in self._monitors.items()}
+        found = {name: self._milliwatts(monitor) for name, monitor in self._monitors.items()}
         return {name: value for name, value in found.items() if value is not None}
 
     def energy_mj(self) -> dict[str, float]:
@@ -55,12 +69,14 @@ class Rails:
         return self._counters[name][1] / 1000
 
     @staticmethod
-    def _milliwatts(paths: tuple[str, ...]) -> float | None:
-        """Of a file with mW, or of two with mV and mA."""
-        values = [value for value in (number(read(path)) for path in paths) if value is not None]
-        if len(values) < len(paths):
-            return None
-        return float(values[0]) if len(values) == 1 else values[0] * values[1] / 1000
+    def _milliwatts(monitor: Monitor) -> float | None:
+        _, files, product = monitor
+        for file in files:
+            value = number(read(file))
+            if value is None:
+                return None
+            product *= value
+        return product
 
 
 # A model, and the number of the turn in the spec's list.
@@ -122,11 +138,11 @@ class Meter:
     def _rows(self, taker: Taker) -> list[dict[str, Any]]:
         seconds, samples = self._seconds[taker], self._samples[taker]
         rows = [
-            {"rail": rail, "sensor": "ina3221", "mj": seconds * sum(mw) / len(mw), "readings": len(mw)}
+            {"rail": rail, "sensor": self.rails.sensor(rail), "mj": seconds * sum(mw) / len(mw), "readings": len(mw)}
             for rail, mw in self._read.get(taker, {}).items()
         ]
         rows += [
-            {"rail": rail, "sensor": "rapl", "mj": mj, "readings": samples}
+            {"rail": rail, "sensor": self.rails.sensor(rail), "mj": mj, "readings": samples}
             for rail, mj in self._counted.get(taker, {}).items()
         ]
         return [dict(row, turn=taker[1], samples=samples, seconds=seconds) for row in rows]

@@ -25,6 +25,13 @@ def test_rails_of_the_first_jetson_nano(tmp_path):
     assert rails.power_mw() == {"POM_5V_IN": 1992, "POM_5V_GPU": 40, "POM_5V_CPU": 396}
 
 
+def test_a_jetson_thor_tells_the_power_of_the_whole_board(tmp_path):
+    """In microwatts; the row of the energy names the sensor."""
+    rails = Rails(str(board_files.write(tmp_path, board_files.JETSON_AGX_THOR)))
+    assert (rails.names(), rails.power_mw()) == (["VIN (ina238)"], {"VIN": pytest.approx(31_588.2)})
+    assert rails.sensor("VIN") == "ina238"
+
+
 def test_rails_that_are_not_connected_are_left_out(tmp_path):
     files = board_files.JETSON_ORIN_NANO | {f"{board_files.INA3221}in1_label": "NC"}
     assert set(Rails(str(board_files.write(tmp_path, files))).power_mw()) == {"VDD_CPU_GPU_CV", "VDD_SOC"}
