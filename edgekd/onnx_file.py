@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from edgekd import building, compiling, registry, tasks
 from edgekd.artifact import Artifact, Store, key_of, sha256_of
-from edgekd.backends import Backend, Engine, load_runner, model_file
+from edgekd.backends import Backend, Engine, load_runner
 from edgekd.bench import benchmark, measure_alone
 from edgekd.bench.modes import Mode
 from edgekd.compiling import ENGINE
@@ -45,6 +45,8 @@ def compile_file(model: Path, target: Target, choice: Choice, store: Store, on_p
         raise RecipeError(f"{model}: there is no such file", allowed="expected: an ONNX model", fix="correct the path")
     backend: Backend = registry.create("backend", choice.name, options=choice.options)
     backend.require()
+    from edgekd.backends import model_file
+
     spec = {"backend": choice.name, "options": choice.options, "threads": target.threads}
     key = key_of(STAGE, 4, spec, model_file.digests(model))
     with store.locked(key, on_wait=lambda: _log.warning("another run is compiling the same; waiting")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -27,4 +28,4 @@ def without(package: str, folder: Path) -> dict[str, str]:
         f"    return None if name.partition('.')[0] == {package!r} else find_spec(name, path, target)\n"
         "PathFinder.find_spec = find_other_spec\n"
     )
-    return {"PYTHONPATH": str(hidden)}
+    return {"PYTHONPATH": os.pathsep.join([str(hidden), *filter(None, [os.environ.get("PYTHONPATH")])])}

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import tensorrt_stand_in
-from command_line import error
+from command_line import error, without
 from onnx import TensorProto, helper
 from tiny_model import tiny_onnx
 
@@ -267,6 +267,24 @@ def test_what_a_wrong_line_gets(model, main, tmp_path, monkeypatch, arguments, w
     monkeypatch.chdir(tmp_path)
     code, out, err = main("compile", "model.onnx", *arguments)
     assert (code, out) == (2, "") and error(err) == f"error: {what}"
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "lines"),
+    [
+        ("onnx", ["compile"], ['error: backend "onnxruntime" cannot be used here: onnx not installed',
+                               "fix:   pip install onnx"]),
+        ("onnx", ["check"], ['error: backend "tensorrt" cannot be used here: onnx not installed',
+                             "fix:   pip install onnx"]),
+        ("openvino", ["compile", "--backend", "openvino"],
+         ['error: backend "openvino" cannot be used here: openvino not installed',
+          "fix:   pip install 'edgekd[openvino]'"]),
+    ],
+)  # fmt: skip
+def test_a_backend_that_lacks_a_package_names_it(model, edgekd, tmp_path, package, arguments, lines):
+    ran = edgekd(*arguments, model, env=without(package, tmp_path))
+    what, _, fix = ran.stderr.splitlines()[-3:]
+    assert (ran.returncode, [what, fix]) == (3, lines)
 
 
 def test_a_recipe_can_be_compiled_by_another_backend_too(main, tiny, own_done):

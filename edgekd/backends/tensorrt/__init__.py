@@ -101,11 +101,11 @@ class TensorRT(Backend):
             compiled: None, or {compiler, sm, refused, layers (kernels), precisions (rows {layer, operator, asked, ran,
             kernel}), alarms, and the numbers of `compiler.Account`}.
         """
+        self.require()
         import onnx as onnx_package
 
         from edgekd.backends.tensorrt import built, compiler
 
-        self.require()
         found: dict[str, Any] = {"version": self.version, "evidence": "linted", "compiled": None}
         found["findings"] = [asdict(finding) for finding in self.findings(onnx)]
         if compiler.missing():
