@@ -140,10 +140,10 @@ def random_images(model: Path) -> npt.NDArray[np.float32]:
 
     graph = onnx.load(model, load_external_data=False).graph
     constants = {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in constants]
-    shape = [dimension.dim_value for dimension in inputs[0].type.tensor_type.shape.dim] if len(inputs) == 1 else []
+    (image,) = (value for value in graph.input if value.name not in constants)
+    shape = [dimension.dim_value for dimension in image.type.tensor_type.shape.dim]
     if len(shape) != 4 or shape[0] > 1 or 0 in shape[1:]:
-        raise _unfit(model, f"takes {', '.join(value.name for value in inputs)} {shape}, where 0 is left open")
+        raise _unfit(model, f"takes {image.name} {shape}, where 0 is left open")
     return np.random.default_rng(0).standard_normal((SAMPLES, *shape[1:])).astype(np.float32)
 
 

@@ -50,7 +50,7 @@ def compile_file(model: Path, target: Target, device: str | None, store: Path, t
                         model, built or made, target, url, kept, SingleStream(), terminal.on_progress
                     )
                 except RecipeError as error:
-                    if built is None:  # nothing but the timing was asked of the device
+                    if built is None and device is not None:  # nothing but the timing was asked of it
                         raise
                     untimed = error.what
     engine, build = (built or made).file(ENGINE), built.result if built else None
