@@ -171,7 +171,7 @@ def test_a_device_that_is_not_here_is_missing(make_onnx, tmp_path):
 def test_what_it_cannot_run_is_named(make_onnx, tmp_path):
     model = make_onnx(operator="Magic", domain="my.ops")
     (problem,) = create().check(model)
-    assert problem == "openvino cannot compile tiny.onnx: -- No conversion rule found for operations: my.ops.Magic"
+    assert problem == "openvino cannot compile tiny.onnx: No conversion rule found for operations: my.ops.Magic"
     with pytest.raises(StageError, match=r"my\.ops\.Magic"):
         create().compile(model, tmp_path, threads=1)
 

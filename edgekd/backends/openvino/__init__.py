@@ -109,4 +109,4 @@ def _text(error: str) -> str:
     told = [
         line for line in lines if line and not line.startswith(("Exception from", "Check ", "FrontEnd API", "Summary"))
     ]
-    return (told or lines)[-1]
+    return (told or lines)[-1].removeprefix("-- ")
