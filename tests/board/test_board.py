@@ -23,7 +23,7 @@ from edgekd.backends.null import Null
 from edgekd.bench import MIN_LAUNCHES, benchmark
 from edgekd.bench.modes.single_stream import SingleStream
 from edgekd.device import Device, bootstrap, ssh
-from edgekd.errors import ConnectionLost, MissingError, StageError
+from edgekd.errors import ConnectionLost, DiskFull, MissingError
 from edgekd.tasks import Judge
 from edgekd.tasks.classification import Classification
 
@@ -229,10 +229,12 @@ def test_a_full_disk_is_a_clear_error(board, tmp_path):
     device = Device(board.url, tmp_path)
     with device.job() as job:
         board.power("fill", 1_000_000)
-        with pytest.raises(StageError, match=r"its disk is full: [01]\.\d MB free, 10\.0 MB needed"):
+        with pytest.raises(DiskFull, match=r"its disk is full: [01]\.\d MB free, 10\.0 MB needed") as caught:
             job.put({"engine": tmp_path / "engine"})
         board.power("empty")
         job.put({"engine": tmp_path / "engine"})
+    assert caught.value.allowed == "below /home/pi/.edgekd"
+    assert "rm -r ~/.edgekd/files" in caught.value.fix
 
 
 def test_a_board_without_a_network_gets_packages_all_the_same(board, tmp_path):
