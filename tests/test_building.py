@@ -125,6 +125,7 @@ def test_a_board_with_an_older_tensorrt_is_the_wrong_target(build, tmp_path):
             lambda built: built["files"].update({"model.plan": ["0" * 64, 1]}),
             "model.plan from .* is damaged: its sha256",
         ),
+        (lambda built: built.update(seconds="long"), 'build.json: not what the agent writes: seconds = "long"'),
         (lambda built: built["files"].update({"../../escape": ["0" * 64, 1]}), ""),
     ],
 )
