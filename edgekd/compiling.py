@@ -49,7 +49,8 @@ def compiled(
     facts = backend.compile(model, folder, threads=threads)
     (out / LOG).mkdir()
     for log in work.glob("*.log"):
-        shutil.copyfile(log, out / LOG / log.name)
+        if log.stat().st_size:  # many a compiler says nothing
+            shutil.copyfile(log, out / LOG / log.name)
     made = {"size_bytes": size_of(folder)} if backend.builds_on == "host" else {}
     return {"backend": backend.name, "facts": facts, **found, **made}
 
