@@ -151,7 +151,8 @@ def test_plan(main, tiny, done):
     rows = [line.split() for line in out.splitlines()[1:]]
     assert code == 0 and [row[1] for row in rows] == ["reuse"] * 7 + ["run"]
     planned = json.loads(main("run", "tiny.yaml", "--store", done.store, "--dry-run", "--json")[1])
-    assert [[one["stage"], one["action"], one["key"][:12]] for one in planned] == rows
+    told = [[one["stage"], one["action"], one["key"][:12]] for one in planned]
+    assert told[:-1] == rows[:-1] and told[-1][:2] == rows[-1][:2]  # a benchmark's key is that of its second
     out = main("plan", "tiny.yaml", "--store", done.store, "--set", "seed=3")[1]
     assert "run, unless its new inputs turn out as before" in out
 
