@@ -135,13 +135,13 @@ def test_a_file_for_a_board_that_is_not_named_is_compiled_only(model, main, tmp_
 
 def test_a_file_that_cannot_be_timed_is_compiled_unless_a_device_was_asked_for(main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    averaging(tmp_path / "map.onnx", classes=False)
-    why = "map.onnx cannot be timed: it answers one image with [1, 3, 1, 1]"
-    code, out, err = main("compile", "map.onnx")
+    averaging(tmp_path / "map.ONNX", classes=False)
+    why = "map.ONNX cannot be timed: it answers one image with [1, 3, 1, 1]"
+    code, out, err = main("compile", "map.ONNX")
     size, untimed, path = out.splitlines()
     assert (code, untimed) == (0, f"not timed; {why}"), err
     assert size.endswith("; compiled_on_host") and (Path(path) / "model.onnx").is_file()
-    code, out, err = main("compile", "map.onnx", "--device", "local:", "-q")
+    code, out, err = main("compile", "map.ONNX", "--device", "local:", "-q")
     assert (code, out, error(err)) == (2, "", f"error: {why}")
 
 

@@ -96,7 +96,7 @@ def stage_command(name: str, summary: str) -> Callable[..., None]:
             jobs = boards.jobs_at(places, asked, terminal)
             return _show_plans(jobs, name, terminal, json_) if dry_run else boards.run(jobs, asked, terminal, json_)
         place = places[0] if places else None
-        if name == "compile" and recipe is not None and recipe.endswith(".onnx"):
+        if name == "compile" and recipe is not None and recipe.lower().endswith(".onnx"):
             from edgekd import target as targets
 
             _check_has_no_recipe(set_, dry_run)
