@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -154,7 +155,7 @@ def _failed(finished: Finished, name: str, url: str, log: Path | None) -> StageE
     elif "no space left" in reason.lower():
         kind, fix = DiskFull, free_some_space(url)
     elif "not here" in reason or "nor trtexec" in reason:
-        fix = f"install what is missing there, see: edgekd doctor --device {url}"
+        fix = f"install what is missing there, see: edgekd doctor --device {shlex.quote(url)}"
     elif "prepared for" in reason:
         fix = "edgekd list targets"
     said = last_lines(finished.stderr_tail or tuple(finished.stdout.splitlines()))

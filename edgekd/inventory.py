@@ -16,7 +16,7 @@ from edgekd.yamlfile import mapping_from_yaml
 
 FILE = Path("devices.yaml")
 TAG, ALL = "tag:", "all"
-_FIX = "see the README: Several boards"
+_FIX = "see docs/boards.md: Several boards"
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 

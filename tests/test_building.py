@@ -11,8 +11,9 @@ import tensorrt_stand_in
 from tiny_job import make_job
 from tiny_model import tiny_onnx
 
-from edgekd import compiling, pipeline, stages
+from edgekd import building, compiling, pipeline, stages
 from edgekd.backends.tensorrt import TensorRT, built
+from edgekd.device import Finished
 from edgekd.errors import StageError
 
 SUBJECTS = ("student", "teacher")
@@ -105,6 +106,14 @@ def test_what_goes_wrong_there_is_said_in_the_boards_words(build, board, tmp_pat
     assert not list((tmp_path / "store" / "work").glob("local/jobs/*"))
     board.fails_by("")
     assert build().evidence == "built_on_device"
+
+
+def test_a_command_about_a_board_can_be_pasted_into_a_shell():
+    missing = Finished(
+        1, "", ("neither the Python module tensorrt nor trtexec is here: No module named 'tensorrt'",), 1.0
+    )
+    error = building._failed(missing, "the student", "ssh://board?config=c&python=p", None)
+    assert error.fix == "install what is missing there, see: edgekd doctor --device 'ssh://board?config=c&python=p'"
 
 
 def test_a_board_with_an_older_tensorrt_is_the_wrong_target(build, tmp_path):

@@ -25,6 +25,7 @@ def test_clocks_that_cannot_be_locked_are_told(main, tiny, own_done):
     code, _, err = main("bench", "tiny.yaml", "--store", own_done.store, "--lock-clocks")
     assert code == 4
     assert "the clocks cannot be locked: the kernel of this machine has no files for them" in err
+    assert "fix:   leave out --lock-clocks, or run it as root there, on a kernel that lets clocks be set" in err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlperf_loadgen") is None, reason="mlcommons-loadgen is not installed")

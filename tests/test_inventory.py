@@ -71,15 +71,15 @@ def test_a_device_that_is_not_listed(devices, text):
         (("url: ssh", "uri: ssh"), [
             "error: devices.yaml:3: devices.desk-pi.uri is not a known key",
             '       known: tags, target, url   (closest: "url")',
-            "fix:   write devices.desk-pi.url, or see the README: Several boards"]),
+            "fix:   write devices.desk-pi.url, or see docs/boards.md: Several boards"]),
         (("[arm, desk]", "arm"), [
             'error: devices.yaml:5: devices.desk-pi.tags = "arm" is not valid',
             "       expected: list of str; for --device tag:TAG   (should be a valid array)",
-            "fix:   correct devices.desk-pi.tags, or see the README: Several boards"]),
+            "fix:   correct devices.desk-pi.tags, or see docs/boards.md: Several boards"]),
         (("devices:", "device:"), [
             "error: devices.yaml:1: device is not a known key",
             '       known: devices   (closest: "devices")',
-            "fix:   write devices, or see the README: Several boards"]),
+            "fix:   write devices, or see docs/boards.md: Several boards"]),
     ],
 )  # fmt: skip
 def test_an_inventory_that_cannot_be_meant(devices, change, lines):

@@ -173,6 +173,8 @@ def _failure(finished: Finished, url: str, attempts: int, backend: str) -> Stage
     elif "disk is full" in what:
         said = last_lines(lines) if lines else ""
         return DiskFull(f'benchmark on "{url}": {what}', allowed=said, fix=free_some_space(url))
+    elif "clocks cannot be locked" in what:
+        fix = "leave out --lock-clocks, or run it as root there, on a kernel that lets clocks be set"
     elif "this engine is for" in what:
         said = "an engine runs on the kind of processor, or of GPU, that it is compiled for"
         fix = "compile it for that machine: another --target, or other options of the backend: edgekd list backends"

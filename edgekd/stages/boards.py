@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def boards(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
         raise BoardFailed(
             f"no board answered; {rows[0]['name']}: {rows[0]['reasons'][0]}",
             allowed=f"{len(rows)} boards are silent, and the head has nothing to fuse",
-            fix=f"edgekd doctor --device {rows[0]['url']}",
+            fix=f"edgekd doctor --device {shlex.quote(rows[0]['url'])}",
         )
     np.save(out / FEATURES, heard)
     np.save(out / LABELS, judge.labels)
