@@ -138,7 +138,7 @@ def test_boards_of_which_none_answers(store):
     assert str(caught.value) == (
         "error: no board answered; board-0: /nonexistent cannot be run: No such file or directory\n"
         "       3 boards are silent, and the head has nothing to fuse\n"
-        f"fix:   edgekd doctor --device {nobody}"
+        f"fix:   edgekd doctor --device '{nobody}'"
     )
 
 
