@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekd import building, compiling, registry, tasks
+from edgekd import building, compiling, registry
 from edgekd.artifact import Artifact, Store, key_of, sha256_of
 from edgekd.backends import Backend, Engine, load_runner
-from edgekd.bench import benchmark, measure_alone
+from edgekd.bench import benchmark
 from edgekd.bench.modes import Mode
 from edgekd.compiling import ENGINE
 from edgekd.device import Device
@@ -121,17 +121,13 @@ def time_file(
     if expected.ndim != 2 or len(expected) != len(images):
         raise _unfit(model, f"answers one image with {[1, *expected.shape[1:]]}")
     judge = Judge(Classification(), expected.argmax(1), expected.shape[1:])
-    student = _engine("student", compiled)
+    beside = None if compiled.stage == BUILD_STAGE else _engine("teacher", reference)
     with tempfile.TemporaryDirectory() as workdir:
-        common: dict[str, Any] = {
-            "samples": images, "device": _device(url, store), "workdir": Path(workdir), "mode": mode,
-            "on_progress": lambda share, left_s, text: on_progress(share, text),
-        }  # fmt: skip
-        if compiled.stage != BUILD_STAGE:
-            return benchmark(student, _engine("teacher", reference), judge=judge, **common) | MEASURED
-        found, answers = measure_alone(student, answer=expected.shape[1:], **common)
-    same = tasks.summary(judge.task.quality(answers, judge.labels))
-    return found | {"accuracy": {"student": same}, "speedup": None} | MEASURED
+        found = benchmark(
+            _engine("student", compiled), beside, samples=images, judge=judge, device=_device(url, store),
+            workdir=Path(workdir), mode=mode, on_progress=lambda share, left_s, text: on_progress(share, text),
+        )  # fmt: skip
+    return found | MEASURED
 
 
 def random_images(model: Path) -> npt.NDArray[np.float32]:

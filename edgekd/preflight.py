@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from edgekd.methods import Method
 
-SUBJECTS = ("teacher", "student")
-
 
 def check_device(job: Job) -> Device:
     """The device. Raises for one that cannot be measured on, as far as its URL and the target tell."""
@@ -68,7 +66,7 @@ def check(job: Job, to_make: Collection[str]) -> None:
             _ = job.calibration  # raises for a set that does not fit the data
     if "student" in to_make:
         job.method()
-    built = {subject: job.build(subject) for subject in SUBJECTS if {subject, "student", "finetune"} & set(to_make)}
+    built = {subject: job.build(subject) for subject in job.subjects if {subject, "student", "finetune"} & set(to_make)}
     # Taps that do not exist shall not wait for the teacher's last epoch, nor for the student's.
     if "student" in to_make:
         _check_method(job, built, job.recipe.distill.train)
@@ -77,11 +75,12 @@ def check(job: Job, to_make: Collection[str]) -> None:
         assert isinstance(quantizer, TrainingQuantizer)
         method = _check_method(job, built, stages.finetuning(job, quantizer), finetuning=True)
         if (method.needs_modules or method.student_taps.paths) and not quantizer.keeps_modules:
+            other = "kd" if "teacher" in job.subjects else "scratch"
             raise RecipeError(
                 f"quantize.method = {job.recipe.quantize.method} cannot train by distill.method ="
                 f" {job.recipe.distill.method}, which looks into the student's modules",
                 allowed="with rounding in place the student is a graph without modules; its logits are there",
-                fix="set quantize.method = ptq, or distill.method = kd",
+                fix=f"set quantize.method = ptq, or distill.method = {other}",
                 key="quantize.method",
             )
 
@@ -179,7 +178,7 @@ def _check_budget(job: Job) -> None:
 def _check_without_images(job: Job, to_make: Collection[str]) -> None:
     """What asks for images where the recipe has none, and no test images either."""
     recipe, source = job.recipe, job.recipe.data.source
-    if "teacher" in to_make and recipe.teacher.checkpoint is None:
+    if "teacher" in to_make and recipe.teacher is not None and recipe.teacher.checkpoint is None:
         raise RecipeError(
             f"the teacher cannot be trained: data.source = {source} has no images",
             allowed="expected: a teacher that was trained elsewhere",
@@ -209,7 +208,7 @@ def _check_method(job: Job, built: Mapping[str, nn.Module], spec: Train, *, fine
     from edgekd.methods import attachment
 
     method = job.method(finetuning=finetuning)
-    attachment.attach(method, built["student"], built["teacher"], job.dataset, spec)
+    attachment.attach(method, built["student"], built.get("teacher"), job.dataset, spec)
     count = len(job.dataset.train)
     size = min(spec.batch_size, count)
     attachment.check_batch_norm(nn.ModuleList([built["student"], method]), size)

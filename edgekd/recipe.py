@@ -221,7 +221,7 @@ class Recipe(Section):
     description: str = ""
     seed: Seed = 0
     data: Data
-    teacher: Teacher
+    teacher: Teacher | None = Field(None, description="null for methods that learn without one")
     student: Student
     distill: Distill = Distill()
     corruptions: Corruptions | None = Field(
@@ -360,7 +360,9 @@ def _completed(recipe: Recipe) -> Recipe:
     """Fill in and check the options of every registered thing that the recipe names."""
     update: dict[str, Any] = {}
     for section, (key, kind) in NAMED.items():
-        part: Named = getattr(recipe, section)
+        part: Named | None = getattr(recipe, section)
+        if part is None:
+            continue
         name = getattr(part, key)
         if kind == "network" and ":" in name:
             continue  # somebody else's network: its options are its own affair
@@ -369,10 +371,24 @@ def _completed(recipe: Recipe) -> Recipe:
         update[section] = part.model_copy(update=options)
     for (section, key), kind in CHOICES.items():
         part = update.get(section, getattr(recipe, section))
-        if getattr(part, key) is None:
+        if part is None or getattr(part, key) is None:
             continue
         update[section] = part.model_copy(update={key: checked_choice(getattr(part, key), kind, f"{section}.{key}")})
+    _check_compared(recipe)
     return recipe.model_copy(update=update)
+
+
+def _check_compared(recipe: Recipe) -> None:
+    """Budgets against a teacher that there is not could never be met."""
+    for name in ("accuracy_drop", "speedup"):
+        limit = getattr(recipe.budgets, name)
+        if recipe.teacher is None and limit is not None:
+            raise RecipeError(
+                f"budgets.{name} = {limit:g} compares with the teacher, and the recipe names none",
+                allowed="budgets without a teacher: p99_ms, size_bytes",
+                fix=f"--set budgets.{name}=null, or name a teacher: --set teacher.network=NAME",
+                key=f"budgets.{name}",
+            )
 
 
 def _at(section: type[pydantic.BaseModel], location: Location) -> type[pydantic.BaseModel]:

@@ -15,9 +15,11 @@ from edgekd import stages
 from edgekd.artifact import by_content, sha256_of
 from edgekd.data import calibration, fingerprint
 from edgekd.errors import CheckpointError, shown
-from edgekd.preflight import SUBJECTS
 from edgekd.recipe import choice_from_yaml
 from edgekd.stages import Inputs, Job
+
+# The order in which both are made where a job has both: the student learns from the teacher.
+SUBJECTS = ("teacher", "student")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Stage:
 
 
 def _network(job: Job, part: str) -> dict[str, Any]:
-    spec, data = getattr(job.recipe, part), job.recipe.data
+    spec, data = job.part(part), job.recipe.data
     own = {"source_sha256": source} if (source := _source_sha256(spec.network)) else {}
     own |= {"target_sha256": fingerprint(*choice_from_yaml(data.target_domain))} if data.target_domain else {}
     return {
@@ -60,6 +62,7 @@ def _source_sha256(network: str) -> str:
 
 def _teacher(job: Job) -> dict[str, Any]:
     spec = job.recipe.teacher
+    assert spec is not None
     if spec.checkpoint is None:
         return _network(job, "teacher")
     # A teacher that is only loaded depends neither on how it would be trained nor on the seed.
@@ -141,6 +144,10 @@ def _checkpoint(path: Path) -> str:
     return sha256_of(path)
 
 
+def _has(subject: str, job: Job) -> bool:
+    return subject in job.subjects
+
+
 def _quantizes(job: Job) -> bool:
     return job.recipe.quantize.method != "none"
 
@@ -161,30 +168,45 @@ def _finetunes(job: Job) -> bool:
     return job.quantizer().trains
 
 
-def _builds_there(job: Job) -> bool:
-    return job.backend.builds_on == "device" and job.has_device
+def _builds_there(subject: str, job: Job) -> bool:
+    return _has(subject, job) and job.backend.builds_on == "device" and job.has_device
 
 
 # `inputs` names all stages that it may read: those that a job does not want are not there.
 TABLE: tuple[Stage, ...] = (
-    Stage("teacher", stages.teacher, _teacher, trains=True),
+    Stage("teacher", stages.teacher, _teacher, wanted=partial(_has, "teacher"), trains=True),
     Stage("scratch", stages.scratch, _scratch, wanted=lambda job: job.has_baseline, trains=True),
     Stage("student", stages.student, _student, ("teacher",), trains=True),
     Stage("attack", stages.attack, _attack, ("teacher", "scratch", "student"), wanted=_attacks),
     Stage("parts", stages.parts, partial(_onnx, "student"), ("student",), wanted=_spreads),
     Stage("boards", stages.boards, _bench, ("parts",), wanted=lambda job: bool(job.boards), measures=True),
-    *(Stage(f"onnx-{one}", partial(stages.onnx, one), partial(_onnx, one), (one,)) for one in SUBJECTS),
+    *(
+        Stage(f"onnx-{one}", partial(stages.onnx, one), partial(_onnx, one), (one,), wanted=partial(_has, one))
+        for one in SUBJECTS
+    ),
     Stage("corrupt", stages.corrupt, _corrupt, ("onnx-teacher", "onnx-student"), wanted=_corrupts),
     Stage("finetune", stages.finetune, _finetune, ("teacher", "student"), wanted=_finetunes, trains=True),
     Stage(
         "quantize", stages.quantize, _quantize, ("teacher", "student", "onnx-student", "finetune"), wanted=_quantizes
     ),
-    Stage("engine-teacher", partial(stages.engine, "teacher"), _engine, ("onnx-teacher",), version=3),
+    Stage(
+        "engine-teacher",
+        partial(stages.engine, "teacher"),
+        _engine,
+        ("onnx-teacher",),
+        version=3,
+        wanted=partial(_has, "teacher"),
+    ),
     Stage("engine-student", partial(stages.engine, "student"), _engine, ("onnx-student", "quantize"), version=3),
     # Whether what was built before still fits is for the board to say: it is asked in every run.
     *(
         Stage(
-            f"build-{one}", partial(stages.build, one), _build, (f"engine-{one}",), wanted=_builds_there, measures=True
+            f"build-{one}",
+            partial(stages.build, one),
+            _build,
+            (f"engine-{one}",),
+            wanted=partial(_builds_there, one),
+            measures=True,
         )
         for one in SUBJECTS
     ),

@@ -34,7 +34,7 @@ data:
 {path}  validation: 0.1           # share of train that every choice is made on; test is only measured
   augment: {{crop: {crop}, flip: false}}   # flip: true where a mirrored image keeps its class
 
-teacher:
+teacher:                      # leave it out for a method that learns without one, like online_peers
   network: {teacher}
   # checkpoint: teacher.safetensors   # instead of training it here
   train:

@@ -138,7 +138,7 @@ def test_a_kit_measures_in_every_mode(done, main, tmp_path, name):
 
 def test_the_same_kit_has_the_same_bytes(tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    about = {"name": "n", "target": "t", "backend": "b", "built_files": [], "commands": []}
+    about = {"models": ["student"], "name": "n", "target": "t", "backend": "b", "built_files": [], "commands": []}
     first, second = (kit.packed(tmp_path / name, {"a.txt": tmp_path / "a.txt"}, **about) for name in ("1", "2"))
     assert first == second and (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 

@@ -239,7 +239,7 @@ def test_an_override_that_is_not_yaml():
             "fix:   correct seed, or see: edgekd schema"]),
         (("teacher:\n  network: resnet", "teacher: resnet"), [
             'error: edgekd.yaml:5: teacher = "resnet" is not valid',
-            "       expected: mapping   (should be an object)",
+            "       expected: mapping | null; null for methods that learn without one   (should be an object)",
             "fix:   correct teacher, or see: edgekd schema"]),
         (("name: mine", "schema_version: 2\nname: mine"), [
             "error: edgekd.yaml:1: schema_version = 2 is newer than this edgekd",

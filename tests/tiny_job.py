@@ -29,6 +29,21 @@ distill:
   train: {epochs: 1}
 benchmark: {seconds: 0.1, launches: 6}
 """
+# No teacher.
+ALONE = """\
+name: alone
+data: {source: digits, train_limit: 200, test_limit: 50}
+student:
+  network: resnet
+  depth: 8
+  width: 0.25
+  activation: lma
+distill:
+  method: online_peers
+  peers: 2
+  train: {epochs: 1}
+benchmark: {seconds: 0.1, launches: 6}
+"""
 # One student on three boards.
 SPREAD = (
     TINY[: TINY.index("student:")].replace("0.25", "0.375")

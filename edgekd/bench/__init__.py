@@ -1,4 +1,4 @@
-"""Deploy two engines to a device, time them against each other there and score them on the same samples."""
+"""Deploy engines to a device, time them against each other there and score them on the same samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETUP_TIMEOUT_S = 300.0  # to load the runtime and the engines of one launch on 
 
 def benchmark(
     student: Engine,
-    teacher: Engine,
+    teacher: Engine | None,
     *,
     samples: npt.NDArray[np.float32],
     judge: Judge,
@@ -45,6 +45,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure `student` against `teacher` on `device`; leave raw latencies and logits in `workdir`.
 
+    Without a teacher the student is measured alone, and what compares the two is None.
+
     samples: float32 [N, C, H, W] as the networks take them; judge: of the answers; pictures: time also
     the way from these to the answer; launches: 9 are the fewest whose
     interval survives one odd launch at either end; lock_clocks: hold the device's clocks at their highest meanwhile,
@@ -53,7 +55,7 @@ def benchmark(
     Raises RecipeError for fewer than 6 launches, StageError when an engine cannot be run there. A measurement that does
     not hold is no error: its `status` is INVALID, with `reasons`.
     """
-    engines = {"student": student, "teacher": teacher}
+    engines = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     settings = settings_of(mode, pictures, launches=launches, lock_clocks=lock_clocks, seed=seed)
     workdir.mkdir(parents=True, exist_ok=True)
     timeout = _timeout(launches, mode, samples)

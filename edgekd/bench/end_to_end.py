@@ -40,14 +40,20 @@ class Pictures:
 
 
 def findings(measured: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
-    """Latency of each model by step, and the speed-up with everything around it. Raises StageError."""
+    """Latency of each model by step, and the speed-up with everything around it, None without a teacher.
+
+    Raises StageError.
+    """
     tables = {name: _table(workdir / f"{name}_end_to_end.npy", name) for name in measured["models"]}
     whole = {name: _as_latencies(table) for name, table in tables.items()}
-    value, interval = stats.median_interval(speedups(whole["student"], whole["teacher"]))
+    speedup = None
+    if "teacher" in whole:
+        value, interval = stats.median_interval(speedups(whole["student"], whole["teacher"]))
+        speedup = {"value": value, "ci95": list(interval)}
     return {
         "decoder": measured["models"]["student"][0]["decoder"],
         "models": {name: _steps(table) for name, table in tables.items()},
-        "speedup": {"value": value, "ci95": list(interval)},
+        "speedup": speedup,
     }
 
 

@@ -21,8 +21,6 @@ def summarize(
     mode: Mode,
 ) -> dict[str, Any]:
     """The result of a measurement, ready for JSON. measured: what the agent wrote; quality: [N] by model."""
-    launches = mode.speedups(tables["student"], tables["teacher"])
-    speedup, speedup_interval = stats.median_interval(launches)
     reasons = invalid_because(measured, tables, mode)
     return {
         "status": "INVALID" if reasons else "VALID",
@@ -30,14 +28,25 @@ def summarize(
         "mode": {"name": mode.name, **mode.findings(measured, tables)},
         "latency": {name: latency(mode.headline(tables[name]), measured["models"][name], name) for name in tables},
         "accuracy": {name: _accuracy(quality[name], name) for name in quality},
-        "speedup": {"value": speedup, "ci95": list(speedup_interval), "of": mode.compares},
-        "accuracy_change": tasks.change(quality["teacher"], quality["student"]),
-        "speedup_by_launch": launches.tolist(),
+        **_compared(tables, quality, mode),
         "telemetry": _telemetry(measured["telemetry"], measured["device"]["cores"]),
         "device": measured["device"],
         "energy": {name: _energy(launches) for name, launches in measured["models"].items()},
         "interruptions": measured["interruptions"],
         "engines": {name: launches[0]["facts"] for name, launches in measured["models"].items()},
+    }
+
+
+def _compared(tables: Mapping[str, Table], quality: Mapping[str, npt.NDArray[Any]], mode: Mode) -> dict[str, Any]:
+    """The student against the teacher; None where a student was measured alone."""
+    if "teacher" not in tables:
+        return {"speedup": None, "accuracy_change": None, "speedup_by_launch": []}
+    launches = mode.speedups(tables["student"], tables["teacher"])
+    speedup, interval = stats.median_interval(launches)
+    return {
+        "speedup": {"value": speedup, "ci95": list(interval), "of": mode.compares},
+        "accuracy_change": tasks.change(quality["teacher"], quality["student"]),
+        "speedup_by_launch": launches.tolist(),
     }
 
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from edgekd.report import BoardsDocument, Document
     from edgekd.terminal import Terminal
 
-# What of the report's ladder fits on a terminal of 80 columns.
-LADDER_COLUMNS = (0, 1, 2, 3, 6, 7)  # rung, score, interval, to teacher, size, params
+# What of the report's ladder fits on a terminal of 80 columns, beside the score.
+LADDER_COLUMNS = ("Rung", "95% interval", "To teacher", "Size", "Params")
 
 
 def written(store: Store, run_id: str | None) -> tuple[Document | BoardsDocument, Path]:
@@ -40,7 +40,8 @@ def show(document: Document, path: Path, terminal: Terminal) -> None:
 
     ladder = tables.ladder(document)
     lines = [ladder.columns, *(row.cells for row in ladder.rows if not row.reason)]
-    columns, *rows = ([cells[at] for at in LADDER_COLUMNS] for cells in lines)
+    shown = [at for at, one in enumerate(ladder.columns) if one in (*LADDER_COLUMNS, document.metric.title)]
+    columns, *rows = ([cells[at] for at in shown] for cells in lines)
     terminal.table(columns, rows)
     for table in (network_tables.boards(document), network_tables.heard(document)):
         if not isinstance(table, Absent):

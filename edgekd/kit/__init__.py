@@ -25,6 +25,7 @@ def packed(
     archive: Path,
     files: Mapping[str, Path],
     *,
+    models: Sequence[str],
     name: str,
     target: str,
     backend: str,
@@ -33,8 +34,9 @@ def packed(
 ) -> dict[str, Any]:
     """Write the archive, a .tar.gz; the same files always give the same bytes.
 
-    files: the benchmark's bundle, and what else shall be there, by name; built_files: what a build leaves beside each
-    model, where engines are built on the board; commands: what is done there, for those who want to do it by hand.
+    files: the benchmark's bundle, and what else shall be there, by name; models: those that are measured, by name;
+    built_files: what a build leaves beside each of them, where engines are built on the board; commands: what is done
+    there, for those who want to do it by hand.
 
     Returns:
         id: what the results must name, files: their number, size_bytes of the archive.
@@ -43,16 +45,18 @@ def packed(
     content = {path: file.read_bytes() for path, file in sorted(files_below(files).items())}
     sha256 = {path: hashlib.sha256(data).hexdigest() for path, data in content.items()}
     kinds = ["latency", "logits", *(["end_to_end"] if "pictures" in files else [])]
-    arrays = [f"{model}_{kind}.npy" for model in ("student", "teacher") for kind in kinds]
+    arrays = [f"{model}_{kind}.npy" for model in models for kind in kinds]
     kit = {
         "name": name, "target": target, "backend": backend, "files": sha256,
-        "built_here": ["student", "teacher"] if built_files else [], "built_files": list(built_files),
+        "built_here": list(models) if built_files else [], "built_files": list(built_files),
         "measured_files": ["result.json", *arrays],
     }  # fmt: skip
     kit["id"] = hashlib.sha256(json.dumps(kit, sort_keys=True).encode()).hexdigest()
     readme = Template((HERE / "README.md").read_text(encoding="utf-8")).substitute(
-        name=name, target=target, backend=backend, commands="\n".join(f"    {line}" for line in commands)
-    )
+        name=name, target=target, backend=backend, commands="\n".join(f"    {line}" for line in commands),
+        networks="a student" + " and its teacher" * ("teacher" in models),
+        folders=", ".join(f"`{model}/`" for model in models),
+    )  # fmt: skip
     content |= {"kit.json": json.dumps(kit, indent=1, sort_keys=True).encode(), "README.md": readme.encode()}
     _write(archive, content)
     return {"id": kit["id"], "files": len(content), "size_bytes": archive.stat().st_size}

@@ -19,12 +19,7 @@ def attach(method: Method, student: nn.Module, teacher: nn.Module | None, datase
     Raises RecipeError when it cannot learn from them: no teacher, taps that do not exist, options that do not fit.
     """
     if method.needs_teacher and teacher is None:
-        raise RecipeError(
-            f"the method {name_of(method)} learns from a teacher, and there is none",
-            allowed="methods without a teacher: see needs_teacher in their files, scratch for one",
-            fix="give a teacher, or set distill.method = scratch",
-            key="distill.method",
-        )
+        raise _without_teacher(method, dataset)
     if method.needs_target and dataset.target is None:
         raise RecipeError(
             f"the method {name_of(method)} learns from images of a target domain, and the recipe names none",
@@ -48,7 +43,7 @@ def attach(method: Method, student: nn.Module, teacher: nn.Module | None, datase
             key="distill.train.schedule",
         )
     device = next(student.parameters()).device
-    _check_task(method, dataset)
+    _check_task(method, dataset, teacher)
     ones = [1] * (len(dataset.shape.dimensions) - 1)
     mean, std = (torch.tensor(values, device=device).view(-1, *ones) for values in (dataset.mean, dataset.std))
     labels = torch.from_numpy(dataset.train.labels).to(device)
@@ -76,11 +71,27 @@ def name_of(method: Method) -> str:
     return next(found, kind.__name__)
 
 
-def _check_task(method: Method, dataset: Dataset) -> None:
+def _without_teacher(method: Method, dataset: Dataset) -> RecipeError:
+    """Of several methods, those that learn from a teacher are named."""
+    every = [one for one in method.modules() if isinstance(one, Method) and one.needs_teacher]
+    single = [one for one in every if not any(other in every for other in one.modules() if other is not one)]
+    names = list(dict.fromkeys(name_of(one) for one in single))
+    # Without images, what a teacher knows is all that there is to learn from.
+    others = [] if "train" in dataset.stand_ins else _methods_for(dataset.task.name, alone=True)
+    instead = ", or --set distill.method=scratch" if "scratch" in others else ""
+    return RecipeError(
+        f"distill needs a teacher for {', '.join(names)}, and there is none",
+        allowed=f"methods for {dataset.task.name} without a teacher: {', '.join(others) or 'none without images'}",
+        fix=f"name a teacher: --set teacher.network=NAME{instead}",
+        key="distill.method",
+    )
+
+
+def _check_task(method: Method, dataset: Dataset, teacher: nn.Module | None) -> None:
     """Raise RecipeError when a method does not know what to make of the task's answers and labels."""
     if method.tasks is not None and dataset.task.name not in method.tasks:
         task = dataset.task.name
-        others = [entry.name for entry in registry.entries("method") if _takes(entry, task)]
+        others = _methods_for(task, alone=teacher is None)
         raise RecipeError(
             f"the method {name_of(method)} learns {' or '.join(method.tasks)}, and {dataset.name} is for {task}",
             allowed=f"methods for {task}: {', '.join(others)}",
@@ -89,9 +100,11 @@ def _check_task(method: Method, dataset: Dataset) -> None:
         )
 
 
-def _takes(entry: registry.Entry, task: str) -> bool:
-    tasks = getattr(entry.load(), "tasks", None)
-    return tasks is None or task in tasks
+def _methods_for(task: str, *, alone: bool) -> list[str]:
+    """The names of those that learn this task; alone: without a teacher."""
+    methods = {entry.name: entry.load() for entry in registry.entries("method")}
+    known = [name for name, one in methods.items() if (tasks := getattr(one, "tasks", None)) is None or task in tasks]
+    return [name for name in known if not (alone and getattr(methods[name], "needs_teacher", True))]
 
 
 def check_batch_norm(network: nn.Module, batch_size: int) -> None:

@@ -20,7 +20,7 @@ class PTQ(ModelQuantizer):
     calibrate: how a range follows from what was seen; `auto` tries all and keeps what validates best.
     percentile: of the magnitudes, where calibrate is percentile. keep_float: layers that stay in float, by name.
     auto_mixed: look for the fewest layers to keep in float so that budgets.accuracy_drop is met on the validation
-    split, for at most search_minutes; the best found is used.
+    split, or, without a teacher, what the student reaches in float; for at most search_minutes, the best found is used.
     """
 
     precision = "int8"

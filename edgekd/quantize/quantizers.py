@@ -50,7 +50,7 @@ class Samples:
     """What a quantizer may look at, never the test split.
 
     calibration: float32 [N, C, H, W], normalised. images: the validation split, float32 [M, C, H, W], with
-    its judge. target: the score on it that the budget asks for; None without a budget.
+    its judge. target: the score on it that is asked for; None without a budget.
     """
 
     calibration: Array

@@ -13,16 +13,14 @@ import numpy.typing as npt
 from edgekd import registry, stats, tasks
 from edgekd.artifact import Artifact
 from edgekd.bench.latencies import DURATION, START, of_batch
-from edgekd.report import evidence
-from edgekd.report.answers import ClassScores, Estimates
+from edgekd.report import answered, evidence
+from edgekd.report.answered import answers_of, labels_of
 from edgekd.report.document import (
-    MAX_SAMPLES,
     NETWORKS,
     RUNGS,
     Activation,
     Attack,
     Budget,
-    Confusion,
     Document,
     Epoch,
     LadderRow,
@@ -41,11 +39,11 @@ from edgekd.report.part import Absent, AccuracyChange, Metric
 from edgekd.report.quantization import Quantization
 from edgekd.report.robustness import Robustness
 from edgekd.tasks import ROUNDING, Task
-from edgekd.tasks.regression import Regression
 
 Array = npt.NDArray[Any]
 Artifacts = Mapping[str, Artifact]
 NOT_BENCHED = Absent(reason="Not measured yet: edgekd bench.")
+NO_TEACHER = Absent(reason="The recipe names no teacher.")
 UNSCORED = Absent(reason="There are no test images: the recipe's data are none, and name no test.")
 NOT_ASKED_FOR = "The recipe asks for no quantization."
 # From which artifact each rung takes its accuracy, and where its size is to be seen.
@@ -80,13 +78,13 @@ def document_from_run(record: Mapping[str, Any], artifacts: Artifacts) -> Docume
         spread=_spread(artifacts),
         spread_run=_spread_run(artifacts),
         robustness=_robustness(record, artifacts),
-        latency=_latencies(bench),
+        latency=_latencies(record, bench),
         mode=bench.result["mode"] if bench else NOT_BENCHED,
         end_to_end=bench.result["end_to_end"] if bench else None,
         loadgen=bench.result.get("loadgen") if bench else None,
-        training=_training(artifacts),
-        confusion=_confusion(task, artifacts) if _scored(record) else UNSCORED,
-        answers=_answers_of_samples(task, artifacts) if _scored(record) else UNSCORED,
+        training=_training(record, artifacts),
+        confusion=answered.confusion(task, artifacts, _no_teacher(record)) if _scored(record) else UNSCORED,
+        answers=answered.of_samples(task, artifacts) if _scored(record) else UNSCORED,
         activation=_activation(artifacts),
         quantization=_quantization(task, record, artifacts),
         engines=evidence.engines(artifacts),
@@ -119,7 +117,7 @@ def _row(task: Task, rung: Rung, record: Mapping[str, Any], artifacts: Artifacts
         score=found["score"],
         n=found["n"],
         ci95=found["ci95"],
-        also=_also(task, artifact, artifacts.get("teacher")),
+        also=_also(task, artifact, artifacts.get("student", artifact)),
         agreement_with_teacher=_agreement(task, artifact, artifacts.get("teacher")),
         size_bytes=size,
         params=network.result["params"] if network else None,
@@ -128,6 +126,8 @@ def _row(task: Task, rung: Rung, record: Mapping[str, Any], artifacts: Artifacts
 
 
 def _why_not(rung: Rung, recipe: Mapping[str, Any]) -> str:
+    if rung == "teacher" and recipe["teacher"] is None:
+        return "the recipe names none"
     if rung == "scratch" and recipe["data"]["source"] == "none":
         return "no images to train on"
     if rung == "scratch" and not recipe["distill"]["scratch"]:
@@ -139,6 +139,11 @@ def _scored(record: Mapping[str, Any]) -> bool:
     """Whether the run has labelled test images."""
     data = record["recipe"]["data"]
     return data["source"] != "none" or data["test"] is not None
+
+
+def _no_teacher(record: Mapping[str, Any]) -> Absent | None:
+    """What stands in the place of every comparison with the teacher where the recipe names none."""
+    return NO_TEACHER if record["recipe"]["teacher"] is None else None
 
 
 def _quantizes(recipe: Mapping[str, Any]) -> bool:
@@ -155,66 +160,57 @@ def _task(artifacts: Artifacts) -> Task:
     return task
 
 
-def _answers(artifact: Artifact) -> Array:
-    name = "student_logits.npy" if artifact.stage == "bench" else "test_logits.npy"
-    answers: Array = np.load(artifact.file(name), allow_pickle=False)
-    return answers
-
-
 def _agreement(task: Task, artifact: Artifact, teacher: Artifact | None) -> float | None:
     if teacher is None:
         return None
-    own = _answers(artifact)
-    return task.agreement(own, _answers(teacher)[: len(own)])
+    own = answers_of(artifact)
+    return task.agreement(own, answers_of(teacher)[: len(own)])
 
 
-def _also(task: Task, artifact: Artifact, teacher: Artifact | None) -> dict[str, float]:
-    if teacher is None:
-        return {}
-    answers = _answers(artifact)
-    return task.also(answers, _labels(teacher)[: len(answers)])
-
-
-def _labels(artifact: Artifact) -> Array:
-    labels: Array = np.load(artifact.file("test_labels.npy"), allow_pickle=False)
-    return labels
+def _also(task: Task, artifact: Artifact, labelled: Artifact) -> dict[str, float]:
+    answers = answers_of(artifact)
+    return task.also(answers, labels_of(labelled)[: len(answers)])
 
 
 def _change(task: Task, labels: Array, first: Artifact, second: Artifact) -> AccuracyChange:
     """From one model's answers to those of another, on the same samples."""
-    before, after = (task.quality(_answers(artifact), labels) for artifact in (first, second))
+    before, after = (task.quality(answers_of(artifact), labels) for artifact in (first, second))
     return AccuracyChange.model_validate(tasks.change(before, after))
 
 
 def _verdict(task: Task, record: Mapping[str, Any], ladder: list[LadderRow], artifacts: Artifacts) -> Verdict:
     limits = record["recipe"]["budgets"]
     if "bench" not in artifacts:
-        change = _change_so_far(task, ladder, artifacts) if _scored(record) else UNSCORED
+        change = _change_so_far(task, record, ladder, artifacts) if _scored(record) else UNSCORED
         return Verdict(
             status="NOT_MEASURED",
             reasons=["nothing was measured on a device: edgekd bench"],
             budgets=_budgets(task, limits, ladder, change, None),
-            speedup=NOT_BENCHED,
+            speedup=_no_teacher(record) or NOT_BENCHED,
             accuracy_change=change,
         )
-    found = artifacts["bench"].result
-    change = AccuracyChange(**found["accuracy_change"]) if _scored(record) else UNSCORED
+    found, alone = artifacts["bench"].result, _no_teacher(record)
+    change = alone or (AccuracyChange(**found["accuracy_change"]) if _scored(record) else UNSCORED)
     return Verdict(
         status=found["status"],
         reasons=found["reasons"],
         budgets=_budgets(task, limits, ladder, change, found),
-        speedup=Speedup(**found["speedup"], by_launch=found["speedup_by_launch"]),
+        speedup=alone or Speedup(**found["speedup"], by_launch=found["speedup_by_launch"]),
         accuracy_change=change,
     )
 
 
-def _change_so_far(task: Task, ladder: list[LadderRow], artifacts: Artifacts) -> AccuracyChange | Absent:
+def _change_so_far(
+    task: Task, record: Mapping[str, Any], ladder: list[LadderRow], artifacts: Artifacts
+) -> AccuracyChange | Absent:
     """Of the last model on the way to the device that was measured here."""
+    if (alone := _no_teacher(record)) is not None:
+        return alone
     last = [row.rung for row in ladder if row.score is not None][-1:]
     if "teacher" not in artifacts or not last or last[0] in ("teacher", "scratch"):
         return Absent(reason="There are no teacher and student yet to compare.")
     teacher = artifacts["teacher"]
-    return _change(task, _labels(teacher), teacher, artifacts[SOURCES[last[0]]])
+    return _change(task, labels_of(teacher), teacher, artifacts[SOURCES[last[0]]])
 
 
 def _budgets(
@@ -230,7 +226,7 @@ def _budgets(
         "accuracy_drop": None if isinstance(change, Absent) else -task.metric.goodness(change.value),
         "p99_ms": found["latency"]["student"]["p99_ms"] if found else None,
         "size_bytes": sizes[-1] if sizes else None,
-        "speedup": found["speedup"]["value"] if found else None,
+        "speedup": found["speedup"]["value"] if found and found["speedup"] else None,
     }
     budgets = []
     for name, limit in limits.items():
@@ -302,7 +298,7 @@ def _quantization(task: Task, record: Mapping[str, Any], artifacts: Artifacts) -
     if "quantize" not in artifacts:
         return Absent(reason="Not quantized yet: edgekd quantize.")
     artifact = artifacts["quantize"]
-    result, labels = artifact.result, _labels(artifact)
+    result, labels = artifact.result, labels_of(artifact)
     found = result["accuracy"]
     accuracy = found | {
         "float_ci95": artifacts["onnx-student"].result["ci95"],
@@ -313,14 +309,15 @@ def _quantization(task: Task, record: Mapping[str, Any], artifacts: Artifacts) -
     return Quantization.model_validate(fields | {"accuracy": accuracy})
 
 
-def _latencies(bench: Artifact | None) -> Latencies:
+def _latencies(record: Mapping[str, Any], bench: Artifact | None) -> Latencies:
+    alone = _no_teacher(record)
     if bench is None:
-        return Latencies(student=NOT_BENCHED, teacher=NOT_BENCHED)
-    return Latencies(**{name: _latency(bench, name) for name in ("student", "teacher")})
+        return Latencies(student=NOT_BENCHED, teacher=alone or NOT_BENCHED)
+    return Latencies(student=_latency(bench, "student"), teacher=alone or _latency(bench, "teacher"))
 
 
 def _latency(bench: Artifact, name: str) -> Latency:
-    """From a samples file, see edgekd.bench.latencies; time starts with the first of both models."""
+    """From a samples file, see edgekd.bench.latencies; time starts with the first of all models."""
     found = bench.result["latency"]
     tables = {
         model: of_batch(np.load(bench.file(one["samples_file"]), allow_pickle=False), one["samples_per_query"])
@@ -335,14 +332,15 @@ def _latency(bench: Artifact, name: str) -> Latency:
     )
 
 
-def _training(artifacts: Artifacts) -> dict[Network, Training | Absent]:
+def _training(record: Mapping[str, Any], artifacts: Artifacts) -> dict[Network, Training | Absent]:
     curves: dict[Network, Training | Absent] = {}
     for name in NETWORKS:
         artifact = artifacts.get(name)
         if artifact is None and name == "finetune":
             continue  # most recipes have none
         if artifact is None:
-            curves[name] = Absent(reason="Not trained in this run.")
+            alone = _no_teacher(record) if name == "teacher" else None
+            curves[name] = alone or Absent(reason="Not trained in this run.")
         elif "epochs" not in artifact.result:
             curves[name] = Absent(reason="Loaded from a checkpoint.")
         else:
@@ -350,49 +348,6 @@ def _training(artifacts: Artifacts) -> dict[Network, Training | Absent]:
             epochs = [Epoch(**{k: v for k, v in epoch.items() if k in known}) for epoch in artifact.result["epochs"]]
             curves[name] = Training(epochs=epochs)
     return curves
-
-
-def _confusion(task: Task, artifacts: Artifacts) -> Confusion | Absent:
-    if task.name != "classification":
-        return Absent(reason=f"The task is {task.name}: the answers to it are told in another way.")
-    student = artifacts.get("bench", artifacts.get("student"))
-    if student is None:
-        return Absent(reason="There is no student yet.")
-    classes = artifacts["student"].result["class_names"]
-    teacher = artifacts.get("teacher")
-    return Confusion(
-        classes=classes,
-        student=_counts(student, len(classes)),
-        teacher=_counts(teacher, len(classes)) if teacher else Absent(reason="There is no teacher."),
-    )
-
-
-def _answers_of_samples(task: Task, artifacts: Artifacts) -> ClassScores | list[Estimates] | Absent:
-    if task.name == "classification":
-        return Absent(reason="See the confusion matrix.")
-    if "student" not in artifacts or "teacher" not in artifacts:
-        return Absent(reason="There are no teacher and student yet.")
-    student, labels = artifacts.get("bench", artifacts["student"]), _labels(artifacts["teacher"])
-    names = tuple(artifacts["student"].result["class_names"])
-    answers = _answers(student)
-    labels, theirs = labels[: len(answers)], _answers(artifacts["teacher"])[: len(answers)]
-    if isinstance(task, Regression):
-        every = max(1, len(labels) // MAX_SAMPLES)
-        columns = [task.values(values)[::every].T.tolist() for values in (labels, answers, theirs)]
-        rows = zip(names, *columns, strict=True)
-        return [Estimates(name=name, true=true, student=own, teacher=other) for name, true, own, other in rows]
-    own, other = (task.by_class(values, labels, names) for values in (answers, theirs))
-    if not own:
-        return Absent(reason=f"The task is {task.name}, which has no classes.")
-    return ClassScores(
-        names=list(names), n=[n for n, _ in own], student=[score for _, score in own],
-        teacher=[score for _, score in other],
-    )  # fmt: skip
-
-
-def _counts(artifact: Artifact, k: int) -> list[list[int]]:
-    labels, predictions = _labels(artifact), _answers(artifact).argmax(1)
-    return np.bincount(labels * k + predictions, minlength=k * k).reshape(k, k).tolist()
 
 
 def _activation(artifacts: Artifacts) -> list[Activation] | Absent:

@@ -122,8 +122,9 @@ def table(document: BoardsDocument) -> Table:
         "Board", "Target", "Verdict", document.metric.title, "Change", "Student, p50", "p99", "Teacher, p50",
         "Speed-up", "95% interval", "Size",
     )  # fmt: skip
+    against = ", against its teacher there" if any(board.teacher_p50_ms for board in document.boards) else ""
     return Table(
-        "The same student on every board, against its teacher there",
+        f"The same student on every board{against}",
         columns,
         tuple(Row((board.name,), reason=board.reasons[0]) if board.status == "FAILED" else _row(board, document.metric)
               for board in document.boards),

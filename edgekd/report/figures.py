@@ -22,7 +22,7 @@ LINE_STYLES = {"student": "-", "teacher": "--", "scratch": ":", "finetune": "-."
 NETWORK_LABELS = {
     "student": "student",
     "teacher": "teacher",
-    "scratch": "student, no teacher",
+    "scratch": "student, labels only",
     "finetune": "student, with rounding",
 }
 # Above this spread a linear axis would squeeze the faster model against zero.
@@ -64,12 +64,14 @@ def ladder(document: Document) -> Drawn | Absent:
         figure.set_layout_engine("none")
         before: float | None = None
         trail: list[tuple[float, int]] = []
+        drawn: list[str] = []
         for y, rung in enumerate(RUNGS):
             row = document.row(rung)
             if row is None or row.score is None or row.ci95 is None:
                 axes.text(1.06, y, "not measured", transform=axes.get_yaxis_transform(), va="center", c=ROLES["muted"])
                 continue
-            colour = ROLES["teacher" if rung == "teacher" else "scratch" if rung == "scratch" else "student"]
+            drawn.append(rung if rung in ("teacher", "scratch") else "student")
+            colour = ROLES[drawn[-1]]
             axes.plot(row.ci95, (y, y), color=colour, linewidth=2.5, alpha=0.55)
             axes.plot(row.score, y, "o", color=colour, markersize=7)
             axes.text(1.06, y, metric.text(row.score), transform=axes.get_yaxis_transform(), va="center")
@@ -88,12 +90,9 @@ def ladder(document: Document) -> Drawn | Absent:
         axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(PERCENT if metric.share else PLAIN)
         svg = inline_svg_from_figure(figure, f"{metric.title} at every rung with 95% intervals; see the table")
-    caption = (
-        f"{metric.title} with 95% interval, and the change from the rung before "
-        "(for the student without a teacher: from the teacher)."
-    )
-    keys = (Key("teacher", "teacher"), Key("scratch", "student, no teacher"), Key("student", "student"))
-    return Drawn(f"Where {metric.noun} went", caption, svg, keys)
+    apart = " (for the student on labels only: from the teacher)" if {"teacher", "scratch"} <= {*drawn} else ""
+    caption = f"{metric.title} with 95% interval, and the change from the rung before{apart}."
+    return Drawn(f"Where {metric.noun} went", caption, svg, _network_keys(dict.fromkeys(drawn)))
 
 
 def latency_distribution(models: dict[str, Latency]) -> Drawn:
@@ -173,7 +172,8 @@ def latency_over_time(models: dict[str, Latency]) -> Drawn:
         axes.set_title("latency, ms")
         axes.set_xlabel("time in the session, s")
         svg = inline_svg_from_figure(figure, "Latency of each inference over the time of the session")
-    caption = f"One dot per inference, both models interleaved in one session. {_of_samples(models)}"
+    both = ", both models interleaved in one session" if len(models) > 1 else ""
+    caption = f"One dot per inference{both}. {_of_samples(models)}"
     return Drawn("Latency over time", caption, svg, _network_keys(models))
 
 

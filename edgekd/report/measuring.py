@@ -79,13 +79,16 @@ class RatioSpan(Part):
 
 
 class Window(Part):
-    """A part of a sustained run; temperature of the hottest zone and clock of the fastest core, None without sensor."""
+    """A part of a sustained run; temperature of the hottest zone and clock of the fastest core, None without sensor.
+
+    `speedup`: None without a teacher.
+    """
 
     start_s: float
     end_s: float
     p50_ms: dict[Model, Positive]
     rank: list[Model]
-    speedup: RatioSpan
+    speedup: RatioSpan | None
     temperature_c: float | None
     clock_hz: Positive | None
 
@@ -110,11 +113,14 @@ class Steps(Part):
 
 
 class EndToEnd(Part):
-    """From the stored image to the answer, in the same session; `decoder`: what decodes on the device."""
+    """From the stored image to the answer, in the same session; `decoder`: what decodes on the device.
+
+    `speedup`: None without a teacher.
+    """
 
     decoder: str
     models: dict[Model, Steps]
-    speedup: RatioSpan
+    speedup: RatioSpan | None
 
 
 class LoadgenModel(Part):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
@@ -11,8 +13,9 @@ from edgekd.report.formatting import milliseconds
 from edgekd.report.measuring import EndToEnd, Fps, Offline, Sustained
 from edgekd.report.svg import ROLES, blank, drawing, inline_svg_from_figure
 
-MODELS = ("student", "teacher")
-KEYS = tuple(Key(model, model) for model in MODELS)
+
+def _keys(models: Iterable[str]) -> tuple[Key, ...]:
+    return tuple(Key(model, model) for model in models)
 
 
 def of_measuring(document: Document) -> dict[str, Drawn]:
@@ -56,7 +59,7 @@ def throughput(mode: Offline) -> Drawn:
         axes.set_title("samples per second")
         axes.set_xlabel("batch size")
         svg = inline_svg_from_figure(figure, "Throughput by batch size; see the table")
-    return Drawn("Throughput by batch size", "The large dot is each model's best batch size.", svg, KEYS)
+    return Drawn("Throughput by batch size", "The large dot is each model's best batch size.", svg, _keys(mode.sweep))
 
 
 def deadlines(mode: Fps, latencies: dict[str, Latency]) -> Drawn:
@@ -81,11 +84,11 @@ def deadlines(mode: Fps, latencies: dict[str, Latency]) -> Drawn:
         axes.set_xlabel("time since the frame arrived, ms")
         svg = inline_svg_from_figure(figure, "Share of frames answered by the time since they arrived; see the table")
     caption = f"What lies right of the line missed its deadline of {milliseconds(deadline)}."
-    return Drawn("Frames answered in time", caption, svg, (*KEYS, Key("worse", "deadline")))
+    return Drawn("Frames answered in time", caption, svg, (*_keys(latencies), Key("worse", "deadline")))
 
 
 def over_minutes(mode: Sustained) -> Drawn:
-    """Both models' median latency by window, and below it the hottest sensor, where there is one."""
+    """The models' median latency by window, and below it the hottest sensor, where there is one."""
     minutes = [(window.start_s + window.end_s) / 120 for window in mode.windows]
     hot = [window.temperature_c for window in mode.windows]
     measured = any(value is not None for value in hot)
@@ -106,14 +109,13 @@ def over_minutes(mode: Sustained) -> Drawn:
             one.xaxis.set_major_formatter(PLAIN)
         (axes, *below)[-1].set_xlabel("minutes since the start")
         svg = inline_svg_from_figure(figure, "Median latency and temperature over the minutes; see the table")
-    caption = "Each dot is a window in which both models were timed in turn."
-    return Drawn(
-        "Latency over minutes", caption if measured else f"{caption} No sensor tells the temperature.", svg, KEYS
-    )
+    caption = "Each dot is a window" + (" in which both models were timed in turn." if len(mode.slower) > 1 else ".")
+    caption += "" if measured else " No sensor tells the temperature."
+    return Drawn("Latency over minutes", caption, svg, _keys(mode.slower))
 
 
 def steps(found: EndToEnd) -> Drawn:
-    """The median of every step, both models beside each other."""
+    """The median of every step, the models beside each other."""
     names = list(found.models["student"].steps_ms)
     with drawing("steps"):
         figure = blank(WIDTH, 40 * len(names) + 46)
@@ -132,4 +134,4 @@ def steps(found: EndToEnd) -> Drawn:
         axes.xaxis.set_major_formatter(PLAIN)
         axes.set_xlabel("median, ms")
         svg = inline_svg_from_figure(figure, "Time by step from the stored image to the answer; see the table")
-    return Drawn("Time by step", "Medians of one image at a time.", svg, KEYS)
+    return Drawn("Time by step", "Medians of one image at a time.", svg, _keys(found.models))

@@ -120,9 +120,10 @@ def _frames(mode: Fps) -> Table:
 
 def _sustained(mode: Sustained) -> tuple[str, ...]:
     first, last = mode.windows[0], mode.windows[-1]
+    ahead = f"Ahead at the start: the {first.rank[0]}, speed-up {_ratio(first)}. "
+    ahead += f"At the end: the {last.rank[0]}, speed-up {_ratio(last)}."
     sentences = [
-        f"Ahead at the start: the {first.rank[0]}, speed-up {_ratio(first)}. "
-        f"At the end: the {last.rank[0]}, speed-up {_ratio(last)}.",
+        *([ahead] if first.speedup else []),
         *(
             f"The {model}'s median latency changed by {change:+.1%} from the first window to the last.".replace(
                 "-", "−"
@@ -145,8 +146,7 @@ def _windows(mode: Sustained) -> Table:
             (
                 f"{number(window.start_s)} to {number(window.end_s)} s",
                 *(milliseconds(window.p50_ms[model]) for model in window.p50_ms),
-                _ratio(window),
-                window.rank[0],
+                *((_ratio(window), window.rank[0]) if window.speedup else ()),
                 DASH if window.temperature_c is None else quantity("hottest_c", window.temperature_c),
                 DASH if window.clock_hz is None else quantity("clock_hz", window.clock_hz),
             )
@@ -154,19 +154,25 @@ def _windows(mode: Sustained) -> Table:
         for window in mode.windows
     ]
     models = (f"{model.capitalize()}, p50" for model in mode.windows[0].p50_ms)
-    columns = ("Window", *models, "Speed-up", "Ahead", "Hottest", "Clock")
-    return Table("From the start to the end, both models in turn", columns, tuple(rows), text_columns=frozenset({0, 4}))
+    compared = ("Speed-up", "Ahead") if mode.windows[0].speedup else ()
+    columns = ("Window", *models, *compared, "Hottest", "Clock")
+    caption = "From the start to the end" + (", both models in turn" if compared else "")
+    return Table(caption, columns, tuple(rows), text_columns=frozenset({0, *([4] if compared else [])}))
 
 
 def _ratio(window: Window) -> str:
+    if window.speedup is None:
+        return DASH
     low, high = window.speedup.ci95
     return f"{times(window.speedup.value)} ({times(low)} to {times(high)})"
 
 
 def _end_to_end(found: EndToEnd) -> tuple[str, ...]:
-    low, high = found.speedup.ci95
-    whole = f"From the stored image to the answer, the student is {times(found.speedup.value)} as fast as the teacher"
-    sentences = [f"{whole} (95% interval {times(low)} to {times(high)})."]
+    sentences = []
+    if found.speedup is not None:
+        low, high = found.speedup.ci95
+        whole = f"From the stored image to the answer, the student is {times(found.speedup.value)} as fast as the"
+        sentences.append(f"{whole} teacher (95% interval {times(low)} to {times(high)}).")
     for model, one in found.models.items():
         share = one.steps_ms["infer"] / sum(one.steps_ms.values())
         sentences.append(f"The {model} itself takes {percent(share)} of that time.")

@@ -196,7 +196,7 @@ def _in_float(part: Quantization) -> tuple[str, ...]:
 
 
 def _search_reading(found: FloatSearch, metric: Metric) -> list[str]:
-    reached = "met the budget" if found.met else "did not meet the budget"
+    reached = "reached its target" if found.met else "did not reach its target"
     ended = "; its time ran out before every candidate was tried" if found.out_of_time else ""
     score, in_float = metric.text(found.score), metric.text(found.float_score)
     sentences = [

@@ -8,12 +8,12 @@ from edgekd.report.part import Count, Part
 
 
 class Corrupted(Part):
-    """Scores of both networks under one corruption."""
+    """Scores of the networks under one corruption."""
 
     kind: str
     category: str
     severity: int = Field(ge=1, le=5)
-    teacher: float
+    teacher: float | None = None
     student: float
 
 

@@ -26,7 +26,7 @@ from edgekd.report.part import Absent, Metric
 
 RUNG_LABELS = {
     "teacher": "Teacher",
-    "scratch": "Student, no teacher",
+    "scratch": "Student, labels only",
     "student": "Student, distilled",
     "onnx": "ONNX",
     "quantized": "Quantized",
@@ -71,10 +71,14 @@ class Finding:
 
 
 def headline(document: Document) -> str:
-    """What changed, in one line: "4.21x faster, −0.40 points of accuracy, on raspberry-pi-5"."""
+    """What changed, in one line: "4.21x faster, −0.40 points of accuracy, on raspberry-pi-5".
+
+    Without a teacher, what there is: "Accuracy 91.20%, median 4.30 ms, not compared with a teacher, on raspberry-pi-5".
+    """
     speedup, change = document.verdict.speedup, document.verdict.accuracy_change
     if isinstance(speedup, Absent) and isinstance(change, Absent):
-        return f"Not compared with a teacher, on {document.target_name}"
+        said = ", ".join([*_measured(document), "not compared with a teacher"])
+        return f"{said[:1].upper()}{said[1:]}, on {document.target_name}"
     if isinstance(change, Absent):
         accuracy = f"{document.metric.noun} not compared"
     else:
@@ -88,6 +92,23 @@ def headline(document: Document) -> str:
     else:
         speed = f"{times(speedup.value)} faster" if speedup.value > 1 else f"{times(1 / speedup.value)} slower"
     return f"{speed}, {accuracy}, on {document.target_name}"
+
+
+def _measured(document: Document) -> list[str]:
+    """The student's own score and latency, as far as they are known."""
+    metric, row, student = document.metric, _last_scored(document), document.latency.student
+    said = []
+    if row is not None and row.score is not None:
+        said.append(f"{metric.noun} {metric.text(row.score)} {metric.unit}".strip())
+    if not isinstance(student, Absent):
+        said.append(f"median {milliseconds(student.p50_ms)}")
+    return said + (["speed not measured"] if said and isinstance(student, Absent) else [])
+
+
+def _last_scored(document: Document) -> LadderRow | None:
+    """The student at the last step on its way to the device that was scored."""
+    rows = [row for row in document.ladder if row.score is not None and row.rung not in ("teacher", "scratch")]
+    return rows[-1] if rows else None
 
 
 def _change_in_words(metric: Metric, change: float) -> str:
@@ -112,8 +133,12 @@ def _speedup(document: Document) -> Finding:
 
 
 def _accuracy(document: Document) -> Finding:
-    change, metric = document.verdict.accuracy_change, document.metric
-    name = f"{metric.noun[:1].upper()}{metric.noun[1:]} change"
+    change, metric, row = document.verdict.accuracy_change, document.metric, _last_scored(document)
+    noun = f"{metric.noun[:1].upper()}{metric.noun[1:]}"
+    name = f"{noun} change"
+    if isinstance(change, Absent) and row and row.score is not None and row.ci95 is not None:
+        text = f"{metric.text(row.score)} {metric.unit}".strip()
+        return Finding(noun, text, f"95% interval {metric.span(row.ci95)}. {change.reason}")
     if isinstance(change, Absent):
         return Finding(name, DASH, change.reason)
     low, high = (metric.bare(end) for end in change.ci95)
@@ -125,8 +150,10 @@ def _accuracy(document: Document) -> Finding:
 def _size(document: Document) -> Finding:
     teacher = document.row("teacher")
     deployed = [row for row in map(document.row, ("onnx", "quantized", "engine", "device")) if row and row.size_bytes]
-    if not teacher or not teacher.size_bytes or not deployed or not deployed[-1].size_bytes:
-        return Finding("Size", DASH, "The run did not record the size of both models.")
+    if not deployed or not deployed[-1].size_bytes:
+        return Finding("Size", DASH, "The run did not record the size of the student.")
+    if not teacher or not teacher.size_bytes:
+        return Finding("Size", size(deployed[-1].size_bytes), "Not compared with a teacher.")
     ratio = teacher.size_bytes / deployed[-1].size_bytes
     text = f"{times(ratio)} smaller" if ratio >= 1 else f"{times(1 / ratio)} larger"
     return Finding("Size", text, f"{size(deployed[-1].size_bytes)}; teacher {size(teacher.size_bytes)}")
@@ -136,8 +163,8 @@ def _tail(document: Document) -> Finding:
     student, teacher = document.latency.student, document.latency.teacher
     if isinstance(student, Absent):
         return Finding("Latency, p99", DASH, student.reason)
-    other = "teacher not measured" if isinstance(teacher, Absent) else f"teacher {milliseconds(teacher.p99_ms)}"
-    return Finding("Latency, p99", milliseconds(student.p99_ms), f"median {milliseconds(student.p50_ms)}; {other}")
+    other = f". {teacher.reason}" if isinstance(teacher, Absent) else f"; teacher {milliseconds(teacher.p99_ms)}"
+    return Finding("Latency, p99", milliseconds(student.p99_ms), f"median {milliseconds(student.p50_ms)}{other}")
 
 
 def _budgets_met(document: Document) -> Finding:
@@ -182,27 +209,30 @@ def _budgeted(document: Document, name: str, value: float) -> str:
 def ladder(document: Document) -> Table:
     """Accuracy and cost at every step from the teacher to the device; every rung is named, measured or not."""
     teacher = document.row("teacher")
+    compared = ("To teacher", "Agreement") if teacher and teacher.score is not None else ()
     also = tuple(dict.fromkeys(label for row in document.ladder for label in row.also))
     rows = tuple(_ladder_row(document.metric, rung, document.row(rung), teacher, also) for rung in RUNGS)
     costs = ("Samples", "Size", "Params", "MACs")
-    columns = ("Rung", document.metric.title, "95% interval", "To teacher", "Agreement", *costs, *also)
-    notes = (
+    columns = ("Rung", document.metric.title, "95% interval", *compared, *costs, *also)
+    reading = (
         f"To teacher: {document.metric.label} minus the teacher's"
         + (", in percentage points. " if document.metric.share else ". ")
-        + f"Agreement with the teacher: {document.agree}. {DASH}: not recorded at this rung.",
+        + f"Agreement with the teacher: {document.agree}. "
     )
+    notes = (f"{reading if compared else ''}{DASH}: not recorded at this rung.",)
     return Table("Accuracy ladder, every rung on the same test samples", columns, rows, notes)
 
 
 def ladder_reading(document: Document) -> list[str]:
     """What the ladder says in words: the smaller network, its teacher's gift, the way to the device."""
     scores = {row.rung: row.score for row in document.ladder if row.score is not None}
+    gift = "teacher" if "teacher" in scores else "method"
     steps = (
         ("teacher", "student", "From the teacher to the distilled student"),
         (
             "scratch",
             "student",
-            "What the teacher gave: the distilled student against the same student without a teacher",
+            f"What the {gift} gave: the distilled student against the same student trained on the labels only",
         ),
         ("onnx", "quantized", "What quantization cost"),
         ("student", "device", "On the way from the trained student to the device"),
@@ -220,14 +250,15 @@ def _ladder_row(
     label = RUNG_LABELS[rung]
     if row is None or row.score is None or row.ci95 is None or row.n is None:
         return Row((label,), reason=(row and row.reason) or NO_SUCH_RUNG)
-    compared = rung != "teacher" and teacher is not None and teacher.score is not None
-    change = metric.bare(row.score - teacher.score) if compared else DASH  # type: ignore[union-attr, operator]
+    compared: tuple[str, ...] = ()
+    if teacher is not None and teacher.score is not None:
+        change = DASH if rung == "teacher" else metric.bare(row.score - teacher.score)
+        compared = (change, _or_dash(row.agreement_with_teacher, percent))
     cells = (
         label,
         metric.text(row.score),
         metric.span(row.ci95),
-        change,
-        _or_dash(row.agreement_with_teacher, percent),
+        *compared,
         f"{row.n:,}",
         _or_dash(row.size_bytes, size),
         _or_dash(row.params, count),
@@ -271,7 +302,7 @@ def _energy(model: Latency, rail: str) -> float | None:
 
 
 def latency(document: Document) -> Table | Absent:
-    """Both models' latency side by side, and by what factor the student is better."""
+    """Both models' latency side by side, and by what factor the student is better; without a teacher, its own."""
     student, teacher = document.latency.student, document.latency.teacher
     if isinstance(student, Absent):
         return student
@@ -300,7 +331,8 @@ def latency(document: Document) -> Table | Absent:
         ours, theirs = value(student), value(measured_teacher) if measured_teacher else None
         ratio = times(ours / theirs if name == "throughput" else theirs / ours) if ours and theirs else ""
         ratio = "" if name in COUNTED else ratio
-        rows.append(Row((name, _or_dash(ours, text), _or_dash(theirs, text), ratio), strong=name == "p50"))
+        beside = (_or_dash(theirs, text), ratio) if measured_teacher else ()
+        rows.append(Row((name, _or_dash(ours, text), *beside), strong=name == "p50"))
     notes = [
         "Early stopping: MLPerf's estimate, an upper bound of the percentile that holds with 99% confidence; "
         f"{DASH}: too few inferences for it, or not recorded."
@@ -310,9 +342,9 @@ def latency(document: Document) -> Table | Absent:
     files = [m.samples_file for m in (student, measured_teacher) if m and m.samples_file]
     if files:
         notes.append(f"Every sample: {', '.join(files)}")
-    columns = ("Measure", "Student", "Teacher", "Student better by")
+    columns = ("Measure", "Student", *(("Teacher", "Student better by") if measured_teacher else ()))
     query = "One inference" if student.samples_per_query == 1 else f"A query of {student.samples_per_query} samples"
-    caption = f"{query} on {document.target_name}, both models in one session"
+    caption = f"{query} on {document.target_name}" + (", both models in one session" if measured_teacher else "")
     return Table(caption, columns, tuple(rows), tuple(notes))
 
 

@@ -13,19 +13,17 @@ from edgekd.data.corruptions import category, corrupted
 from edgekd.stages.exporting import reference
 from edgekd.stages.job import MODEL, Inputs, Job
 
-NETWORKS = {"onnx-teacher": "teacher", "onnx-student": "student"}
-
 
 def corrupt(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
-    """Score teacher and student, as they were exported, on the test images as they are and under every corruption."""
+    """Score all subjects, as they were exported, on the test images as they are and under every corruption."""
     spec = job.recipe.corruptions
     assert spec is not None
     judge, test = job.dataset.judge("test", spec.images), job.dataset.test
     test = replace(test, images=test.images[: len(judge.labels)], labels=judge.labels)
     run = {}
-    for stage, name in NETWORKS.items():
+    for name in job.subjects:
         (work / name).mkdir(exist_ok=True)
-        run[name] = reference(inputs[stage].file(MODEL), work / name, threads=1)
+        run[name] = reference(inputs[f"onnx-{name}"].file(MODEL), work / name, threads=1)
     size = 1 if job.recipe.export.batch == "static" else 100
 
     def scores(images: Any) -> dict[str, float]:

@@ -55,14 +55,14 @@ def build(subject: str, job: Job, inputs: Inputs, out: Path, work: Path) -> dict
 
 
 def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
-    """Deploy both engines to the device and measure them there, interleaved, for speed and accuracy."""
+    """Deploy the engines to the device and measure them there, both interleaved, for speed and accuracy."""
     _check_can_be_asked(job, inputs)
     spec = job.recipe.benchmark
     judge = job.dataset.judge("test", spec.accuracy_samples)
-    engines = {subject: engine_of(subject, job, inputs) for subject in ("student", "teacher")}
+    engines = engines_of(job, inputs)
     session = work / "session"
     found = benchmark(
-        engines["student"], engines["teacher"], samples=job.images(0, len(judge.labels)), judge=judge,
+        engines["student"], engines.get("teacher"), samples=job.images(0, len(judge.labels)), judge=judge,
         device=job.open_device(), workdir=session, mode=job.mode(), pictures=pictures_of(job),
         **benchmark_options(job),
         on_progress=lambda share, left_s, text: job.on_progress(share, text),
@@ -72,20 +72,19 @@ def bench(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
             shutil.copy(file, out)
     np.save(out / LABELS, judge.labels)
     if spec.loadgen:
-        job.on_progress(1.0, "timing both with LoadGen")
+        job.on_progress(1.0, "timing with LoadGen")
         found["loadgen"] = loadgen.cross_check(
             engines, job.images(0, loadgen.HOT_SAMPLES), seconds=job.mode().seconds, found=found["latency"]
         )
     if not job.has_test:  # timed on noise, whose labels mean nothing
-        found |= {"accuracy": {"student": {}, "teacher": {}}, "accuracy_change": None}
+        found |= {"accuracy": {name: {} for name in engines}, "accuracy_change": None}
     return found
 
 
 def _check_can_be_asked(job: Job, inputs: Inputs) -> None:
     """Raises StageError where engines were built by a program that alone can run them, and has timed them."""
-    timed = {
-        name: inputs[name].result.get("timed", {}) for name in ("build-student", "build-teacher") if name in inputs
-    }
+    built = {name: inputs[name] for name in (f"build-{one}" for one in job.subjects) if name in inputs}
+    timed = {name: artifact.result.get("timed", {}) for name, artifact in built.items()}
     if not all(timed.values()) or not timed:
         return
     build = inputs["build-student"].result
@@ -115,11 +114,14 @@ def benchmark_options(job: Job) -> dict[str, Any]:
     return {"launches": spec.launches, "lock_clocks": spec.lock_clocks, "seed": job.recipe.seed}
 
 
-def engine_of(subject: str, job: Job, inputs: Inputs) -> Engine:
-    """What runs on the device: what was built there, where that is where it is built."""
-    made = inputs.get(f"build-{subject}", inputs[f"engine-{subject}"])
-    libraries = tuple(job.backend.libraries())
-    return Engine(subject, made.file(ENGINE), job.backend.runner, job.backend.name, libraries)
+def engines_of(job: Job, inputs: Inputs) -> dict[str, Engine]:
+    """What runs on the device, by subject: what was built there, where that is where it is built."""
+    made = {one: inputs.get(f"build-{one}", inputs[f"engine-{one}"]) for one in job.subjects}
+    backend, libraries = job.backend, tuple(job.backend.libraries())
+    return {
+        one: Engine(one, artifact.file(ENGINE), backend.runner, backend.name, libraries)
+        for one, artifact in made.items()
+    }
 
 
 def _dialect(job: Job, inputs: Inputs, work: Path) -> Path:

@@ -113,12 +113,14 @@ def _samples(job: Job, inputs: Inputs, calibration: Array) -> Samples:
     """What a quantizer of ONNX models may look at."""
     dataset, drop = job.dataset, job.recipe.budgets.accuracy_drop
     target = None
-    if drop is not None and job.recipe.quantize.options.get("auto_mixed"):
+    # Without a teacher, what the student reaches in float is what is to be kept.
+    compared = "teacher" if "teacher" in job.subjects else "student"
+    if job.recipe.quantize.options.get("auto_mixed") and (drop is not None or compared == "student"):
         from edgekd import distill
 
-        job.on_progress(0.0, "measuring the teacher on the validation split")
-        logits = distill.predict(job.restore("teacher", inputs["teacher"]), dataset.val, dataset)
-        target = job.task.score(logits, dataset.val.labels) - job.task.metric.goodness(drop)
+        job.on_progress(0.0, f"measuring the {compared} on the validation split")
+        logits = distill.predict(job.restore(compared, inputs[compared]), dataset.val, dataset)
+        target = job.task.score(logits, dataset.val.labels) - job.task.metric.goodness(drop or 0.0)
     images = dataset.normalize(dataset.val.images)
     return Samples(calibration, images, dataset.judge("val"), target, job.on_progress)
 

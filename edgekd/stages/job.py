@@ -98,6 +98,14 @@ class Job:
         return self.has_images or self.recipe.data.options["test"] is not None
 
     @property
+    def subjects(self) -> tuple[str, ...]:
+        """The networks that are made, deployed and measured: the student, and the teacher where the recipe names one.
+
+        Stages, benchmark, kit and report follow from this; what compares the two needs both.
+        """
+        return ("student",) if self.recipe.teacher is None else ("student", "teacher")
+
+    @property
     def choice(self) -> Choice:
         """The target's preferred backend."""
         return self.target.choices[0]
@@ -119,7 +127,9 @@ class Job:
 
     def part(self, subject: str) -> Network:
         """The recipe's section for `teacher` or `student`."""
-        return self.recipe.teacher if subject == "teacher" else self.recipe.student
+        part = self.recipe.teacher if subject == "teacher" else self.recipe.student
+        assert part is not None, "one of the job's subjects"
+        return part
 
     def form(self, subject: str) -> str:
         """The ONNX form of this network's multi-segment activations."""

@@ -9,26 +9,26 @@ from edgekd import bench, kit
 from edgekd.artifact import key_of, sha256_of
 from edgekd.compiling import ENGINE
 from edgekd.device import AGENT, signers
-from edgekd.stages.deploying import benchmark_options, engine_of, pictures_of
+from edgekd.stages.deploying import benchmark_options, engines_of, pictures_of
 from edgekd.stages.job import MODEL, Inputs, Job
 
 ARCHIVE = "edgekd-kit.tar.gz"
 
 
 def pack(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
-    """One archive with both models, samples, agent and runners; what it brings back is read by `edgekd import`."""
+    """One archive with the models, samples, agent and runners; what it brings back is read by `edgekd import`."""
     session = work / "session"
     session.mkdir(exist_ok=True)
-    engines = {subject: engine_of(subject, job, inputs) for subject in ("student", "teacher")}
+    engines = engines_of(job, inputs)
     labels = job.dataset.judge("test", job.recipe.benchmark.accuracy_samples).labels
     pictures = pictures_of(job)
     settings = bench.settings_of(job.mode(), pictures, **benchmark_options(job))
     files = bench.bundle(engines, job.images(0, len(labels)), settings, session, pictures)
-    files |= {f"onnx/{subject}.onnx": file for subject, file in _models(inputs).items()}
+    files |= {f"onnx/{subject}.onnx": file for subject, file in _models(job, inputs).items()}
     builds = job.backend.builds_on == "device"
     found = kit.packed(
         out / ARCHIVE, files,
-        name=job.recipe.name, target=job.target.name, backend=job.backend.name,
+        models=list(engines), name=job.recipe.name, target=job.target.name, backend=job.backend.name,
         built_files=["build.json", *job.backend.built_files] if builds else [],
         commands=[
             *(line for name, one in engines.items() for line in job.backend.build_commands(one.folder, name)),
@@ -52,9 +52,10 @@ def code_sha256(job: Job) -> str:
     )
 
 
-def _models(inputs: Inputs) -> dict[str, Path]:
+def _models(job: Job, inputs: Inputs) -> dict[str, Path]:
     """The ONNX models, where the engine is none."""
-    last = {"student": inputs.get("quantize", inputs["onnx-student"]), "teacher": inputs["onnx-teacher"]}
+    last = {subject: inputs[f"onnx-{subject}"] for subject in job.subjects}
+    last["student"] = inputs.get("quantize", last["student"])
     return {
         subject: artifact.file(MODEL)
         for subject, artifact in last.items()

@@ -33,6 +33,7 @@ def teacher(job: Job, inputs: Inputs, out: Path, work: Path) -> dict[str, Any]:
     from edgekd import distill, networks
 
     network, spec = job.build("teacher"), job.recipe.teacher
+    assert spec is not None
     if spec.checkpoint is None and not networks.is_trained(network):
         trained = _train(job, network, spec.train, registry.create("method", "scratch"), None, work, None)
         return _network_result(job, "teacher", network, trained, out, work)

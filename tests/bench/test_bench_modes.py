@@ -56,6 +56,12 @@ def test_every_mode_gives_a_result_that_can_be_stored(name):
     assert result["speedup"]["value"] == pytest.approx(3.0, rel=0.01)
     assert result["latency"]["student"]["samples_per_query"] == turns[0]["samples"]
     json.dumps(result, allow_nan=False)
+    both = measured(turns=len(turns))
+    models = {"student": both["models"]["student"]}
+    alone = summarize(both | {"models": models}, {"student": found["student"]}, {"student": CORRECT["student"]}, mode)
+    assert (alone["speedup"], alone["accuracy_change"], alone["speedup_by_launch"]) == (None, None, [])
+    assert alone["latency"] == {"student": result["latency"]["student"]}
+    assert alone["mode"]["name"] == name and "teacher" not in json.dumps(alone)
 
 
 def test_a_stream_of_several_samples_counts_them_all():

@@ -243,9 +243,9 @@ def test_a_teacher_for_other_images(name, digits, tmp_path):
 
 def test_a_method_that_needs_a_teacher_without_one(digits, tmp_path):
     assert trained(digits, tmp_path, "kd", ten(), None) == (
-        "error: the method kd learns from a teacher, and there is none\n"
-        "       methods without a teacher: see needs_teacher in their files, scratch for one\n"
-        "fix:   give a teacher, or set distill.method = scratch"
+        "error: distill needs a teacher for kd, and there is none\n"
+        "       methods for classification without a teacher: angular, online_peers, scratch\n"
+        "fix:   name a teacher: --set teacher.network=NAME, or --set distill.method=scratch"
     )
 
 

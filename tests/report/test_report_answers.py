@@ -26,6 +26,8 @@ def test_classes_are_drawn_the_students_lowest_first_and_only_those_with_samples
     assert drawn.title == "Dice by class"
     texts = [drawn.svg.find(name) for name in ("class 0 (3)", "class 2 (5)")]
     assert -1 not in texts and "class 1" not in drawn.svg
+    (alone,) = of_answers(scores([3, 0, 5]).model_copy(update={"teacher": None}), DICE)
+    assert [key.text for key in alone.keys] == ["student"] and "var(--teacher)" not in alone.svg
     (many,) = of_answers(scores([1] * 40), DICE)
     assert "Shown: the 30 of 40 with the lowest." in many.caption
 
@@ -39,6 +41,8 @@ def test_every_value_that_is_estimated_has_its_figure():
     assert [figure.title for figure in drawn] == ["Age, estimated and true", "Height, estimated and true"]
     assert "true, years" in drawn[0].svg and "3 test samples" in drawn[0].caption
     assert [key.text for key in drawn[0].keys] == ["student", "teacher"]
+    (alone,) = of_answers([parts[0].model_copy(update={"teacher": None})], MAE)
+    assert [key.text for key in alone.keys] == ["student"] and "var(--teacher)" not in alone.svg
 
 
 @pytest.mark.parametrize(

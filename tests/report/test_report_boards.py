@@ -7,7 +7,7 @@ import json
 import pytest
 
 from edgekd import report
-from edgekd.report import boards, html, markdown
+from edgekd.report import Absent, boards, html, markdown
 from edgekd.report.formatting import milliseconds, percent, times
 
 NAMES = {"good": "VALID", "hot": "INVALID", "gone": "FAILED"}
@@ -79,6 +79,19 @@ def test_the_headline_counts_what_was_measured(several, document):
     assert boards.headline(several) == f"2 of 3 boards measured; the student's speed over its teacher's: {factor}"
     gone = boards.document_from_boards(a_record("gone"), {})
     assert boards.headline(gone) == "0 of 1 boards measured"
+
+
+def test_boards_without_a_teacher_are_compared_with_none(document):
+    absent = Absent(reason="The recipe names no teacher.")
+    alone = document.model_copy(
+        update={
+            "verdict": document.verdict.model_copy(update={"speedup": absent, "accuracy_change": absent}),
+            "latency": document.latency.model_copy(update={"teacher": absent}),
+        }
+    )
+    found = boards.document_from_boards(a_record("good"), {"good": alone})
+    assert boards.table(found).caption == "The same student on every board"
+    assert boards.headline(found) == "1 of 1 boards measured"
 
 
 def test_a_board_that_does_not_count_says_why():

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from edgekd.report import Document, load, write
+from edgekd.report.formatting import milliseconds, percent
 from edgekd.report.html import html_from_document
 from edgekd.report.tables import RUNG_LABELS, headline
 
@@ -267,14 +268,18 @@ def test_teacher_absent(brief):
     brief["verdict"] |= {"speedup": {"reason": reason}, "accuracy_change": {"reason": reason}}
     brief["training"].pop("teacher")
     outline = page_of(brief)
-    assert outline.text_in("h1") == ["Not compared with a teacher, on raspberry-pi-5"]
+    row, student = brief["ladder"][-1], brief["latency"]["student"]
+    score, median = percent(row["score"]), milliseconds(student["p50_ms"])
+    assert outline.text_in("h1") == [
+        f"Accuracy {score}, median {median}, not compared with a teacher, on raspberry-pi-5"
+    ]
     assert f"Teacher not measured: {reason}" in outline.text_in("p")
     assert f"Not compared with the teacher: {reason}" in outline.text_in("p")
 
 
 def test_smallest_report(brief):
     required = ("schema_version", "run_id", "created", "command", "recipe", "target", "verdict", "ladder")
-    bare = {name: brief[name] for name in required} | {"verdict": {"status": "VALID"}, "target": {}}
+    bare = {name: brief[name] for name in required} | {"verdict": {"status": "VALID"}, "target": {}, "ladder": []}
     outline = page_of(bare)
     assert outline.text_in("h2") == SECTIONS
     assert outline.text_in("h1") == ["Not compared with a teacher, on an unnamed target"]

@@ -35,7 +35,7 @@ def test_ladder_and_latency(document):
     assert "built on the device; see the row below" in ladder[7][-1]
     assert [[cell.strip() for cell in row] for row in attack[2:]] == [
         ["Teacher", "93.00%", "31.00%", "30.00 to 32.00%", "0.10%", "10,000"],
-        ["Student, no teacher", "90.40%", "28.00%", "27.00 to 29.00%", "0.10%", "10,000"],
+        ["Student, labels only", "90.40%", "28.00%", "27.00 to 29.00%", "0.10%", "10,000"],
         ["Student, distilled", "92.00%", "35.00%", "34.00 to 36.00%", "0.10%", "10,000"],
     ]
     ratios = document.verdict.speedup.by_launch

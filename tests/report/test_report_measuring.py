@@ -40,6 +40,29 @@ def test_every_mode_has_its_section_on_both_pages(brief, name):
         assert found.table.caption in html
 
 
+def without_teacher(part):
+    """The same, had there been no teacher."""
+    if isinstance(part, dict):
+        kept = {key: without_teacher(value) for key, value in part.items() if key != "teacher"}
+        return kept | ({"speedup": None} if "speedup" in part else {})
+    return [without_teacher(one) for one in part if one != "teacher"] if isinstance(part, list) else part
+
+
+@pytest.mark.parametrize("name", registry.names("mode"))
+def test_every_mode_has_its_section_without_a_teacher(brief, name):
+    reason = {"reason": "The recipe names no teacher."}
+    brief["latency"]["teacher"], brief["mode"] = reason, without_teacher(a_mode(name))
+    document = Document.model_validate(brief)
+    (found,) = measuring_tables.passages(document)
+    figures = measuring_figures.of_measuring(document)
+    assert "teacher" not in " ".join(found.sentences) and "Ahead" not in " ".join(found.sentences)
+    assert all(key.text != "teacher" for figure in figures.values() for key in figure.keys)
+    if found.table:
+        assert {len(row.cells) for row in found.table.rows} == {len(found.table.columns)}
+        assert "Speed-up" not in found.table.columns and "both" not in found.table.caption
+    assert found.heading in html_from_document(document) and found.heading in markdown_from_document(document)
+
+
 def test_one_after_the_other_has_nothing_to_add():
     assert passage("single_stream").table is None
     assert measuring_figures.of_measuring(a_document("single_stream")) == {}

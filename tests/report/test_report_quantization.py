@@ -91,7 +91,7 @@ def test_what_is_in_float_and_what_the_search_tried():
     assert "Kept in float: stem." in passage.sentences
     assert "Rounded, but ONNX Runtime computes them in float all the same: stages.2.1.conv1." in passage.sentences
     search = " ".join(passage.sentences)
-    assert "met the budget: Top-1 91.80% on the validation split with 1 of its layers in float" in search
+    assert "reached its target: Top-1 91.80% on the validation split with 1 of its layers in float" in search
     assert "its time ran out" in search
     assert "stem (19.5 dB), stages.0.0.conv1 (21.5 dB), stages.0.0.conv2 (23.5 dB)" in search
     assert [row.cells for row in passage.table.rows] == [("0", "87.10%"), ("7", "91.90%"), ("1", "91.80%")]

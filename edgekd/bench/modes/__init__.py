@@ -33,7 +33,7 @@ def required(condition: bool, option: str, value: Any, allowed: str) -> None:
 
 
 class Mode(ABC):
-    """A way of asking. `seconds`: timed, both engines together, in all launches."""
+    """A way of asking. `seconds`: timed, all engines together, in all launches."""
 
     name: ClassVar[str]
     # What the speed-up is a ratio of.

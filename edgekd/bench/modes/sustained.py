@@ -19,7 +19,7 @@ MIN_ROUNDS = 6  # of a window: fewer give no 95 % interval
 
 @register("mode", "sustained")
 class Sustained(Mode):
-    """Both models in turn for minutes without a pause: latency against temperature, and who is ahead at the end.
+    """The models in turn for minutes without a pause: latency against temperature, and who is ahead at the end.
 
     Throttling, drift and changed clocks are what it looks for, and do not make its result INVALID.
     """
@@ -55,13 +55,16 @@ def _window(by_round: Mapping[str, list[Table]], window: Any, telemetry: list[di
     start, end = (float(end) / 1e9 for end in (min(t[0, START] for t in rows), max(t[-1, START] for t in rows)))
     readings = [row for row in telemetry if start <= row["time_s"] <= end + row["seconds"]]
     p50_ms = {name: float(np.median(values)) / 1e6 for name, values in medians.items()}
-    ratio, interval = stats.median_interval(medians["teacher"] / medians["student"])
+    speedup = None
+    if "teacher" in medians:
+        ratio, interval = stats.median_interval(medians["teacher"] / medians["student"])
+        speedup = {"value": ratio, "ci95": list(interval)}
     return {
         "start_s": start,
         "end_s": end,
         "p50_ms": p50_ms,
         "rank": sorted(p50_ms, key=lambda name: p50_ms[name]),
-        "speedup": {"value": ratio, "ci95": list(interval)},
+        "speedup": speedup,
         "temperature_c": _median([max(row["temperature_c"].values()) for row in readings if row["temperature_c"]]),
         "clock_hz": _median([max(row["clock_hz"]) for row in readings if row["clock_hz"]]),
     }
