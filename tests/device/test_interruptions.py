@@ -153,7 +153,7 @@ def test_a_board_that_does_not_come_back_keeps_what_was_measured(url, sshd, tmp_
 HOST = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 from test_interruptions import measure
 measure(sys.argv[2], Path(sys.argv[3]), lock_clocks=sys.argv[4] == "True")
 """
