@@ -11,12 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import board_files
 import numpy as np
 import pytest
+from waiting import wait_until
 
 from edgekd.backends import write_settings
 from edgekd.backends.null import Null
@@ -282,10 +282,3 @@ def processes_in(folder):
         except OSError:
             pass  # it ended while we looked, or is not ours
     return found
-
-
-def wait_until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from tiny_job import TINY
+from waiting import wait_until
 
 from edgekd.cli import boards
 from edgekd.errors import BoardFailed, BudgetMissed, EdgekdError, ResultInvalid
@@ -157,13 +158,6 @@ def processes_of(run):
     return found
 
 
-def wait_until(condition, seconds=100):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_the_boards_processes_go_with_us(own_done, place, edgekd, number, status):
@@ -172,10 +166,10 @@ def test_the_boards_processes_go_with_us(own_done, place, edgekd, number, status
     (place / "tiny.yaml").write_text(TINY.replace("seconds: 0.1", "seconds: 100"))
     given = ["--store", own_done.store, "--device", "here", "--device", "local:"]
     with edgekd.start("bench", "tiny.yaml", *given) as process:
-        assert wait_until(lambda: list(runs.glob("*/*/run.json")) and set(os.listdir(runs)) - before)
+        assert wait_until(lambda: list(runs.glob("*/*/run.json")) and set(os.listdir(runs)) - before, 100)
         (run,) = set(os.listdir(runs)) - before
-        assert wait_until(lambda: len(processes_of(run)) == 2)
+        assert wait_until(lambda: len(processes_of(run)) == 2, 100)
         time.sleep(1)
         process.send_signal(number)
         assert process.wait(100) == status
-    assert wait_until(lambda: not processes_of(run), 60)
+    assert wait_until(lambda: not processes_of(run))

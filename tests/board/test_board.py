@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from waiting import wait_until
 
 from edgekd import backends, registry
 from edgekd.backends import Engine
@@ -30,13 +31,6 @@ from edgekd.tasks.classification import Classification
 pytestmark = [pytest.mark.board, pytest.mark.slow, pytest.mark.timeout(900)]
 # Sums in another order than on x86: some units in the last place of float32.
 TOLERANCE = 1e-5
-
-
-def wait_until(condition, seconds=300):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
 
 
 def network(path, width):
@@ -130,7 +124,7 @@ def test_a_board_that_restarts_goes_on_with_the_benchmark(board, samples, tmp_pa
     engines = [null_engine(tmp_path / name) for name in ("student", "teacher")]
 
     def restart():
-        if wait_until(lambda: list(board.home().glob(".edgekd/jobs/job-*/launch_1.json"))):
+        if wait_until(lambda: list(board.home().glob(".edgekd/jobs/job-*/launch_1.json")), 300):
             board.power("cut")
             board.power("back")
 
@@ -150,7 +144,7 @@ def test_an_upload_that_a_pulled_cable_or_a_restart_interrupts_goes_on(board, tm
 
     def pull():
         parts = board.home() / ".edgekd/files"
-        if wait_until(lambda: sum(part.stat().st_size for part in parts.glob("*.part")) > 3_000_000):
+        if wait_until(lambda: sum(part.stat().st_size for part in parts.glob("*.part")) > 3_000_000, 300):
             board.power(fault)
             time.sleep(after_s)
             board.power(mended)
@@ -202,10 +196,12 @@ def test_a_host_that_is_killed_leaves_no_process_and_no_locked_clock(board, tmp_
     ]
     try:
         with subprocess.Popen(argv) as host:
-            assert wait_until(lambda: files[0].read_text() == "performance" or host.poll() is not None)
+            assert wait_until(lambda: files[0].read_text() == "performance" or host.poll() is not None, 300)
             assert [file.read_text() for file in files] != before
             host.send_signal(signal.SIGKILL)
-        assert wait_until(lambda: [file.read_text().strip() for file in files] == [text.strip() for text in before])
+        assert wait_until(
+            lambda: [file.read_text().strip() for file in files] == [text.strip() for text in before], 300
+        )
     finally:
         for file in files:
             file.chmod(0o644)

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import sys
+
 import private_sshd
 import pytest
+
+from edgekd.device import Device
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +24,8 @@ def sshd(shared_sshd):
     shared_sshd.trust(shared_sshd.folder / "host_key.pub")
     if not shared_sshd.process:
         shared_sshd.start()
+
+
+@pytest.fixture
+def device(sshd, tmp_path):
+    return Device(sshd.url(python=sys.executable), tmp_path)

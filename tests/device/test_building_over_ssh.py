@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import private_sshd
@@ -17,6 +16,7 @@ import small_disk
 import tensorrt_stand_in
 from private_sshd import kill
 from tiny_job import make_job
+from waiting import wait_until
 
 from edgekd import stages
 from edgekd.artifact import Artifact, sha256_of
@@ -58,13 +58,6 @@ def running(sshd):
     return [pid for job in (sshd.home / ".edgekd/jobs").glob("job-*") for pid in processes_in(str(job))]
 
 
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert condition()
-
-
 def test_an_engine_is_built_over_ssh(sshd, build):
     made = build()
     assert (made["evidence"], made["identity"]["device"], made["reused"]) == ("built_on_device", "Stand-in", False)
@@ -83,9 +76,9 @@ def test_a_build_that_a_lost_connection_or_a_restart_interrupts_is_made_again(ss
     board.fails_by("slow")
 
     def disturb():
-        wait_until(lambda: board.builds == 1)
+        assert wait_until(lambda: board.builds == 1)
         fault(sshd)
-        wait_until(lambda: board.builds == 2)
+        assert wait_until(lambda: board.builds == 2)
         board.fails_by("")
 
     thread = threading.Thread(target=disturb)
@@ -104,7 +97,7 @@ def test_a_board_that_does_not_come_back_to_its_build_is_a_clear_error(sshd, boa
     with pytest.raises(ConnectionLost, match="the connection was lost"):
         build()
     thread.join()
-    wait_until(lambda: not running(sshd))
+    assert wait_until(lambda: not running(sshd))
     board.fails_by("")
     sshd.start()
     assert build()["evidence"] == "built_on_device"
@@ -124,9 +117,9 @@ def test_a_host_that_is_killed_while_the_board_builds_leaves_nothing_running_the
     here = Path(__file__).parent
     argv = [sys.executable, "-c", HOST, str(here), str(here.parent), url, str(tmp_path)]
     with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as host:
-        wait_until(lambda: board.builds == 1)
+        assert wait_until(lambda: board.builds == 1)
         host.send_signal(signal.SIGKILL)
-    wait_until(lambda: not running(sshd))
+    assert wait_until(lambda: not running(sshd))
     board.fails_by("")
     assert build()["evidence"] == "built_on_device"
     assert not list((sshd.home / ".edgekd/jobs").glob("job-*"))

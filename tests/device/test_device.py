@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import small_disk
+from waiting import wait_until
 
 from edgekd import registry
 from edgekd.device import Device
@@ -19,13 +20,6 @@ from edgekd.errors import DiskFull, RecipeError, StageError
 
 # A kit answers with what was recorded; it has tests of its own.
 TRANSPORTS = [name for name in registry.names("transport") if name != "kit"]
-
-
-def wait_until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)

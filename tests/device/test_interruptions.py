@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_disk
+from waiting import wait_until
 
 from edgekd.backends import Engine, write_settings
 from edgekd.backends.null import Null
@@ -30,13 +31,6 @@ from edgekd.tasks import Judge
 from edgekd.tasks.classification import Classification
 
 LAUNCHES = 6
-
-
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
 
 
 def measure(url, folder, **options):
