@@ -303,5 +303,5 @@ def _refusal(error: OSError) -> tuple[int | None, str]:
     if isinstance(error, shutil.Error):  # a list of (source, target, text), or one of them
         told = error.args[0][0] if isinstance(error.args[0], list) else error.args
         found = re.match(r"\[Errno (\d+)\]", str(told[-1]))
-        return int(found[1]) if found else None, str(told[1])
+        return int(found[1]) if found else None, str(told[1]) if len(told) == 3 else ""
     return error.errno, str(error.filename2 or error.filename or "")

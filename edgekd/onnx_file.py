@@ -93,7 +93,7 @@ def build_file(model: Path, compiled: Artifact, url: str, store: Store, on_progr
             if found is None:
                 found = store.publish(BUILD_STAGE, key, fill, about=lambda: {"spec": spec, "created": _now()})
                 store.clean_work(key)
-    log.unlink()  # kept of what failed
+    log.unlink(missing_ok=True)  # kept of what failed; another run of the same may have been there first
     return replace(found, manifest={**found.manifest, "result": made})
 
 

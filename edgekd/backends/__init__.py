@@ -6,7 +6,8 @@ copied there as a file, so it imports nothing but the standard library, numpy an
 
     load(folder: str) -> Runner       # reads the options from <folder>/engine.json; raises when it cannot run as asked
     Runner.run(x) -> logits           # x float32 [B, C, H, W] -> float32 [B, K]
-    Runner.facts                      # dict: runtime, version and what is really used (providers, threads)
+    Runner.facts                      # dict: runtime, version and what is really used (providers, threads); its values
+                                      # are text, numbers, true, false or None, lists of these or one dict of these
 
 A backend whose engine belongs to the very chip that runs it builds on the device: `compile` then writes what does so
 there, a package `on_device` among it, which stands alone like a runner:

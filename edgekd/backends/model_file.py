@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from edgekd.artifact import sha256_of
 from edgekd.errors import StageError
 
 SHOWN_CHARACTERS = 200
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def require(file: Path, *, open_sizes: bool = False) -> None:
@@ -93,6 +95,8 @@ def write(file: Path, out: Path) -> None:
     try:
         onnx.save(onnx.load(str(file)), str(out))
     except Exception as error:  # protobuf, numpy and onnx have no common error
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         raise StageError(
             f"the weights of {file} cannot be read into one file: {_line(error)}",
             allowed="expected: all that it names beside it, of at most 2 GB",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -146,6 +148,14 @@ def test_weights_beside_it_that_are_cut_off(tmp_path):
     with pytest.raises(StageError, match=r"tiny\.onnx") as caught:
         registry.create("backend", "onnxruntime").compile(model, tmp_path, threads=1)
     error(str(caught.value))
+
+
+def test_a_full_disk_is_no_fault_of_the_weights(tmp_path, monkeypatch):
+    model = external(tmp_path / "tiny.onnx")
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "whole.onnx"))
+    monkeypatch.setattr(onnx, "save", Mock(side_effect=full))
+    with pytest.raises(OSError, match="No space left"):
+        model_file.write(model, tmp_path / "whole.onnx")
 
 
 def test_other_weights_beside_it_are_another_model(main, tmp_path, monkeypatch):

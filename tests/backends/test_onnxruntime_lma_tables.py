@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import pytest
 
 from edgekd import registry
 from edgekd.backends.onnxruntime import lma_tables, runner
+from edgekd.errors import StageError
 from edgekd.marks import LMA_MARK
 
 # An LMA of two segments, wide and with four tensors of work inside, between codes of 8 bits.
@@ -69,6 +71,22 @@ def test_the_engine_is_the_faster_one(tmp_path, monkeypatch, ratio):
     monkeypatch.setattr(lma_tables, "timed", lambda *given: {"median": ratio, "low": ratio, "high": ratio})
     facts, operators, _ = compiled(quantized(), tmp_path / "auto")
     assert ("GatherElements" in operators) == (facts["lma_tables"] == ["act"]) == (ratio < 1)
+
+
+def test_a_provider_without_tables_runs_the_layers_as_they_are(tmp_path, monkeypatch):
+    refused = Mock(side_effect=runner.ProviderError("onnxruntime would run parts of the model on the CPU"))
+    monkeypatch.setattr(runner, "session", refused)
+    onnx.save(quantized(), tmp_path / "model.onnx")
+    facts = lma_tables.put(tmp_path / "model.onnx", SETTINGS, "auto")
+    assert refused.called and facts == {"lma_tables": [], "lma_table_ratio": None}
+    assert onnx.load(tmp_path / "model.onnx") == quantized()
+    with pytest.raises(StageError) as caught:
+        lma_tables.put(tmp_path / "model.onnx", SETTINGS, "always")
+    assert str(caught.value).splitlines() == [
+        "error: onnxruntime cannot run LMA layers as tables: onnxruntime would run parts of the model on the CPU",
+        "       it runs them in their own form",
+        "fix:   set the backend's option lma_table to auto or never",
+    ]
 
 
 def test_a_model_without_codes_stays_as_it_is(make_onnx, tmp_path):

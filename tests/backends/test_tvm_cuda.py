@@ -152,16 +152,26 @@ def test_without_a_driver_an_engine_is_refused(tmp_path, monkeypatch):
     )
 
 
+@pytest.fixture
+def unasked():
+    """The driver is asked once in a process: here, anew for every test."""
+    child.has_gpu.cache_clear()
+    yield
+    child.has_gpu.cache_clear()
+
+
 @pytest.mark.parametrize(("gpu", "fits"), [("sm_87", False), ("sm_90", True)])
-def test_the_driver_is_asked_in_a_process_of_its_own(tmp_path, monkeypatch, gpu, fits):
+def test_the_driver_is_asked_in_a_process_of_its_own(tmp_path, monkeypatch, unasked, gpu, fits):
     stand_in = cuda_stand_in.make(tmp_path, capability=(9, 0))
+    (tmp_path / "numpy.py").write_text("raise ImportError('of the folder that edgekd happens to be called in')")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(stand_in))
     assert create(gpu).runs_here == fits
     assert str(stand_in) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("driver", ["os.abort()", "time.sleep(60)"])
-def test_a_driver_that_crashes_or_hangs_has_no_gpu(monkeypatch, driver):
+def test_a_driver_that_crashes_or_hangs_has_no_gpu(monkeypatch, unasked, driver):
     monkeypatch.setattr(child, "DRIVER_TIMEOUT_S", 1.0)
     monkeypatch.setattr(child, "ASK_DRIVER", f"import os, time; {driver}")
     assert not create().runs_here

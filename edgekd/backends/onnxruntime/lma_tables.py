@@ -11,28 +11,42 @@ import numpy as np
 import onnx
 
 from edgekd.backends.onnxruntime import runner
+from edgekd.errors import StageError
 from edgekd.quantize import table
 
 _BLOCK_SECONDS = 0.002  # runs of one model before it is the other's turn; the clock's own step does not matter then
 _SECONDS = 1.0
 _FEWEST, _MOST = 9, 41
+_REFUSALS: tuple[type[Exception], ...] = (runner.ProviderError, *runner.FAILURES)
 
 
 def put(file: Path, settings: dict[str, Any], when: Literal["auto", "never", "always"]) -> dict[str, Any]:
     """Give the model in `file` tables: always, never, or where they are faster by more than the turns differ.
 
     Facts: lma_tables: names of the layers that are tables; lma_table_ratio: how long the model with tables takes, in
-    units of the one without: median, low, high (quartiles) over the turns; None when it was not measured.
+    units of the one without: median, low, high (quartiles) over the turns; None when it was not measured, as where
+    onnxruntime cannot run the tables as asked. Raises StageError when it must and cannot.
     """
     form, ratio = onnx.load(str(file)), None
     candidate = table.with_tables(form, "elements") if when != "never" else form
     names = table.tables(candidate)
     if names and when == "auto":
-        ratio = timed(form, candidate, settings)
-        names = names if ratio["high"] < 1 else []
+        try:
+            ratio = timed(form, candidate, settings)
+        except _REFUSALS:  # a provider may compute the layers, and have no tables
+            names = []
+        else:
+            names = names if ratio["high"] < 1 else []
     if names:
         onnx.save(candidate, str(file))
-        runner.session(str(file), settings)  # raises, like any model that cannot be loaded
+        try:
+            runner.session(str(file), settings)
+        except _REFUSALS as error:
+            raise StageError(
+                f"onnxruntime cannot run LMA layers as tables: {' '.join(str(error).split())[:200]}",
+                allowed="it runs them in their own form",
+                fix="set the backend's option lma_table to auto or never",
+            ) from error
     return {"lma_tables": names, "lma_table_ratio": ratio}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -15,7 +16,14 @@ from edgekd.backends.tvm import nvcc
 
 # TVM pins its threads to cores unless told not to.
 ENVIRONMENT = {"TVM_BIND_THREADS": "0", "OMP_NUM_THREADS": "1"}
-ASK_DRIVER = "import sys; from edgekd.backends.tvm.runner import unfit_gpu; sys.exit(bool(unfit_gpu(sys.argv[1])))"
+# Where this very edgekd lies, and not what a user's folder may have by that name.
+PACKAGES = Path(__file__).parents[3]
+ASK_DRIVER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from edgekd.backends.tvm.runner import unfit_gpu
+sys.exit(bool(unfit_gpu(sys.argv[2])))
+"""
 DRIVER_TIMEOUT_S = 60.0
 
 
@@ -42,9 +50,10 @@ def run(
         )
 
 
+@functools.cache
 def has_gpu(gpu: str) -> bool:
     """Whether this machine runs engines for a GPU. A process that has asked the driver could not be forked any more."""
-    argv = [sys.executable, "-c", ASK_DRIVER, gpu]
+    argv = [sys.executable, "-P", "-c", ASK_DRIVER, str(PACKAGES), gpu]
     try:
         done = subprocess.run(
             argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=DRIVER_TIMEOUT_S, check=False
