@@ -15,11 +15,12 @@ LIMIT_DEPTH = 16
 ANSWERS = "run it again, and see whether anything else answers there in the place of edgekd's agent"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """A text that somebody else wrote, without what moves a terminal's cursor."""
     return "".join(character for character in text if character.isprintable())
 
 
-Text = Annotated[str, pydantic.AfterValidator(_printable)]  # nothing in it moves a terminal's cursor
+Text = Annotated[str, pydantic.AfterValidator(printable)]
 Count = Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from edgekd.documents import printable
 from edgekd.pipeline import StageEvent
 
 # Without a terminal, a long stage still gives a sign of life this often.
@@ -103,7 +104,7 @@ class Terminal:
         for name in header:
             table.add_column(name, overflow="fold")
         for row in rows:
-            table.add_row(*(Text("".join(filter(str.isprintable, cell))) for cell in row))
+            table.add_row(*(Text(printable(cell)) for cell in row))
         self.out.print(table)
 
     def entries(self, kind: str, rows: Sequence[tuple[str, str, str]]) -> None:

@@ -30,7 +30,7 @@ from edgekd.device import signers
 from edgekd.device.facts import Facts
 from edgekd.device.process import Finished, last_lines, run
 from edgekd.device.signature import sign
-from edgekd.documents import fitting, parsed
+from edgekd.documents import fitting, parsed, printable
 from edgekd.errors import ConnectionLost, DiskFull, RecipeError, StageError, unknown_key
 
 __all__ = [
@@ -200,8 +200,7 @@ def wait_for(lock: Callable[[], None], url: str, on_wait: Callable[[str], None])
 
 def text_from_holder(who: Mapping[str, str]) -> str:
     """`anna@laptop since 2026-01-31 14:03 UTC`; what is written there may be anybody's."""
-    text = f"{who.get('user', '')}@{who.get('host', '')} since {who.get('since', '')}"
-    return "".join(character for character in text if character.isprintable())
+    return printable(f"{who.get('user', '')}@{who.get('host', '')} since {who.get('since', '')}")
 
 
 class Job:
