@@ -89,13 +89,33 @@ def test_a_full_disk_outside_the_store_is_no_fault_of_ours(main, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/file")
 
     monkeypatch.setattr(registry, "_table", fill_up)
+    no_temporary_file(monkeypatch)
     assert main("list") == (
         4,
         "",
         "error: the disk is full: /somewhere/file cannot be written\n"
-        f"       temporary files are in {tempfile.gettempdir()}; TMPDIR names another folder\n"
+        "       temporary files are in /no/folder; TMPDIR names another folder\n"
         "fix:   free some space, then run again: what is finished is kept\n",
     )
+
+
+def test_no_room_for_temporary_files_is_no_fault_of_ours(main, monkeypatch):
+    monkeypatch.setattr(registry, "_table", tempfile.TemporaryDirectory)
+    no_temporary_file(monkeypatch)
+    assert main("list") == (
+        4,
+        "",
+        "error: no temporary file can be written: the disk is full, or the folder is not yours to write\n"
+        "       temporary files are in /no/folder; TMPDIR names another folder\n"
+        "fix:   free some space, then run again: what is finished is kept\n",
+    )
+
+
+def no_temporary_file(monkeypatch):
+    """As when every place for them is full."""
+    monkeypatch.setenv("TMPDIR", "/no/folder")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/no/folder"])
 
 
 def test_debug_shows_where_an_error_comes_from(main):

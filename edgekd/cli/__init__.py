@@ -11,7 +11,6 @@ import io
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Annotated
 
@@ -98,13 +97,15 @@ def _unexpected(error: Exception) -> EdgekdError:
             allowed="training and export need more than the plain install",
             fix="pip install 'edgekd[train]', and see: edgekd doctor",
         )
+    # Not asked of tempfile, which writes a file to find out.
+    temporary = f"temporary files are in {os.environ.get('TMPDIR') or '/tmp'}; TMPDIR names another folder"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = error.filename2 or error.filename
-        return StoreError(
-            f"the disk is full{f': {place} cannot be written' if place else ''}",
-            allowed=f"temporary files are in {tempfile.gettempdir()}; TMPDIR names another folder",
-            fix=FULL,
-        )
+        what = f"the disk is full{f': {place} cannot be written' if place else ''}"
+        return StoreError(what, allowed=temporary, fix=FULL)
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):  # in Python's words
+        what = "no temporary file can be written: the disk is full, or the folder is not yours to write"
+        return StoreError(what, allowed=temporary, fix=FULL)
     return EdgekdError(
         f"internal: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
         allowed="this is a fault of edgekd, not of yours",
