@@ -221,9 +221,11 @@ def test_a_disk_that_is_too_small_for_what_is_measured(tmp_path):
 def test_a_board_whose_disk_is_filled_meanwhile_keeps_what_was_measured(url, sshd, tmp_path):
     with small_disk.mounted(sshd.home / ".edgekd", "20m") as disk:
         other = after_launches(sshd, 1, disk.fill)
-        with pytest.raises(DiskFull) as caught:
-            measure(url, tmp_path / "host")
-        other.join()
+        try:
+            with pytest.raises(DiskFull) as caught:
+                measure(url, tmp_path / "host")
+        finally:
+            other.join()
         (job,) = jobs(sshd)
         assert finished_launches(sshd)
         disk.empty()
