@@ -99,6 +99,11 @@ class Transport(ABC):
     def put(self, sources: Mapping[str, Path], folder: str) -> None:
         """Copy files, and folders with everything in them, to the device; by their names there."""
 
+    def kept(self, files: Sequence[str]) -> set[str]:
+        """Those of these files, all by their sha256, that the device has from before: `put` needs no room for them
+        there but that of the copy in the folder."""
+        return set()
+
     @abstractmethod
     def get(self, folder: str, name: str, target: Path, limit_bytes: int) -> None:
         """Copy one file from the device. Raises StageError when it is absent or larger than the limit."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import re
 import shlex
 import subprocess
@@ -14,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from edgekd.device import Device, disk_full, last_lines, text_from_holder
-from edgekd.errors import MissingError
+from edgekd.artifact import sha256_of
+from edgekd.device import Device, Finished, disk_full, free_some_space, last_lines, text_from_holder
+from edgekd.errors import DiskFull, MissingError
 
 _log = logging.getLogger(__name__)
 
@@ -147,27 +150,39 @@ def install(device: Device, packages: Sequence[str]) -> None:
     facts = device.facts()
     with tempfile.TemporaryDirectory() as folder, device.reserved(_log.warning), device.job() as job:
         pip = _download(facts, packages, Path(folder), device.url)
-        _check_room(Path(folder), facts["disk_free_bytes"], device.url)
+        _check_room(Path(folder), facts["disk_free_bytes"], device)
         job.put({"wheels": Path(folder)})
         venv = PurePosixPath(job.folder).parents[1] / "venv"
         python = str(venv / "bin/python")
         if facts["interpreter"] != python:
             argv = [job.python, "-m", "venv", "--clear", "--without-pip", "--system-site-packages", str(venv)]
-            job.run(argv, timeout=INSTALL_TIMEOUT_S).check(f'making {venv} on "{device.url}"')
+            _check(job.run(argv, timeout=INSTALL_TIMEOUT_S), f'making {venv} on "{device.url}"', device.url)
         argv = [python, f"wheels/{pip}/pip", "install", "--quiet", "--no-index", "--find-links", "wheels"]
-        job.run([*argv, *packages], timeout=INSTALL_TIMEOUT_S).check(f'installing on "{device.url}"')
+        done = job.run([*argv, *packages], timeout=INSTALL_TIMEOUT_S)
+        _check(done, f'installing on "{device.url}"', device.url)
     if device.url != installed_url(device.url):
         _log.warning("all is in %s, for: --device %s", venv, shlex.quote(installed_url(device.url)))
 
 
-def _check_room(folder: Path, free: int, url: str) -> None:
-    """Raises DiskFull where wheels have no room on the device: what they hold, themselves, and the copy in the job."""
-    needed = 0
-    for wheel in folder.glob("*.whl"):
+def _check_room(folder: Path, free: int, device: Device) -> None:
+    """Raises DiskFull where wheels have no room on the device: what they hold, the bytecode that pip makes of it,
+    themselves unless an earlier attempt has sent them, and the copy in the job."""
+    wheels = {sha256_of(wheel): wheel for wheel in folder.glob("*.whl")}
+    kept, needed = device.transport.kept(list(wheels)), 0
+    for sha256, wheel in wheels.items():
+        needed += wheel.stat().st_size * (1 if sha256 in kept else 2)
         with zipfile.ZipFile(wheel) as archive:
-            needed += 2 * wheel.stat().st_size + sum(file.file_size for file in archive.infolist())
+            needed += sum(file.file_size * (1 + file.filename.endswith(".py")) for file in archive.infolist())
     if needed > free:
-        raise disk_full(url, "~/.edgekd", free, needed)
+        raise disk_full(device.url, "~/.edgekd", free, needed)
+
+
+def _check(finished: Finished, what: str, url: str) -> None:
+    """Raises DiskFull when somebody else has filled the disk meanwhile, StageError when it failed otherwise."""
+    if finished.status and any(os.strerror(errno.ENOSPC) in line for line in finished.stderr_tail):
+        said = last_lines(finished.stderr_tail)
+        raise DiskFull(f"{what} failed: its disk is full", allowed=said, fix=free_some_space(url))
+    finished.check(what)
 
 
 def _download(facts: dict[str, Any], packages: Sequence[str], folder: Path, url: str) -> str:

@@ -42,6 +42,7 @@ HEARTBEAT_S = 10.0  # how often the host says that it is there
 SILENCE_S = 60.0  # after which it is taken for dead
 GRACE_S = 2.0
 UNSIGNED = 77  # the exit status of what may not be run
+NOT_RUN = 126  # ... and of what cannot be
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 
 
@@ -52,7 +53,10 @@ class RefusedError(Exception):
 def refusal(error: OSError, place: str, lacking: int = 0) -> RefusedError:
     """Why the system did not do it; on a full disk with the bytes free where we write, and those still lacking."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RefusedError("disk full", place, shutil.disk_usage(place).free, lacking)
+        there = os.path.abspath(place)
+        while not os.path.exists(there):  # not even the folder could be made
+            there = os.path.dirname(there)
+        return RefusedError("disk full", place, shutil.disk_usage(there).free, lacking)
     return RefusedError("system", str(error))
 
 
@@ -179,6 +183,11 @@ def _place(file: str, target: str) -> None:
         raise RefusedError("corrupt", os.path.basename(target))
 
 
+def kept(root: str, files: list[str]) -> list[str]:
+    """Those of these files, all by their sha256, that were sent before."""
+    return [sha256 for sha256 in files if _here(os.path.join(root, "files"), sha256)]
+
+
 def _here(files: str, sha256: str) -> bool:
     return os.path.isfile(os.path.join(files, sha256))
 
@@ -218,7 +227,14 @@ def _say(outgoing: BinaryIO, message: Any) -> None:
 
 def device_lock() -> str:
     """The file that all who log in here share."""
-    return os.path.join(tempfile.gettempdir(), "edgekd.lock")
+    return os.path.join(_temporary_folder(), "edgekd.lock")
+
+
+def _temporary_folder() -> str:
+    """Where tempfile.gettempdir() looks first, which tries by writing: a full disk would move our lock, or hide it."""
+    named = [os.environ.get(name, "") for name in ("TMPDIR", "TEMP", "TMP")]
+    usable = [folder for folder in [*named, "/tmp", "/var/tmp"] if os.access(folder, os.W_OK | os.X_OK)]
+    return os.path.abspath(usable[0]) if usable else "/tmp"
 
 
 def take(lock: str, owner: dict[str, str]) -> int:
@@ -382,6 +398,8 @@ def main(request: str) -> int:
             fetch(outgoing=outgoing, **arguments)
         elif do == "make":
             _say(outgoing, {"done": make(**arguments)})
+        elif do == "kept":
+            _say(outgoing, {"done": kept(**arguments)})
         elif do == "hold":
             hold(lock=device_lock(), outgoing=outgoing, **arguments)
         elif do == "holder":
@@ -392,7 +410,11 @@ def main(request: str) -> int:
     except RefusedError as error:
         _say(outgoing, {"refused": error.args})
     except OSError as error:
-        _say(outgoing, {"refused": refusal(error, arguments.get("root", tempfile.gettempdir())).args})
+        if do == "run":  # standard output is the command's: the host learns by the status that it was not run
+            sys.stderr.write(f"{error}\n")
+            return NOT_RUN
+        place = arguments.get("root") or arguments.get("folder") or _temporary_folder()
+        _say(outgoing, {"refused": refusal(error, place).args})
     return 0
 
 

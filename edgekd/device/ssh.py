@@ -110,6 +110,10 @@ class Ssh(Transport):
         files = _files(sources)
         self._retried(lambda: self._send(files, folder))
 
+    def kept(self, files: Sequence[str]) -> set[str]:
+        """What was ever sent, and not deleted since."""
+        return set(self._retried(lambda: self._ask("kept", root=self._root, files=list(files))))
+
     def get(self, folder: str, name: str, target: Path, limit_bytes: int) -> None:
         """Fetch one file and verify its sha256."""
         try:

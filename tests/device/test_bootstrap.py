@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -144,6 +145,40 @@ def test_a_board_without_room_for_what_shall_be_installed(sshd, tmp_path, monkey
         rf'device "{re.escape(device.url)}": its disk is full: \d+\.\d MB free, 20\.\d MB needed', caught.value.what
     )
     assert caught.value.allowed == "below ~/.edgekd"
+
+
+def test_wheels_that_an_earlier_attempt_has_sent_need_no_room_of_their_own(sshd, tmp_path):
+    device = Device(sshd.url(python=sys.executable), tmp_path)
+    with zipfile.ZipFile(tmp_path / "numpy-2.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("numpy.so", os.urandom(500_000))
+        wheel.writestr("numpy.py", os.urandom(250_000))  # pip makes bytecode of it
+    with pytest.raises(DiskFull, match=r": 2\.0 MB free, 2\.5 MB needed"):
+        bootstrap._check_room(tmp_path, 2_000_000, device)
+    with device.job() as job:
+        job.put({"wheels": tmp_path})
+    bootstrap._check_room(tmp_path, 2_000_000, device)
+    with pytest.raises(DiskFull, match=r": 1\.0 MB free, 1\.8 MB needed"):
+        bootstrap._check_room(tmp_path, 1_000_000, device)
+
+
+def test_a_disk_that_is_filled_while_pip_installs(sshd, tmp_path, monkeypatch):
+    words = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
+
+    def download(facts, packages, folder, url):
+        with zipfile.ZipFile(folder / "pip.whl", "w") as wheel:
+            wheel.writestr("pip/__main__.py", f"import sys; sys.exit({words!r})")
+        return "pip.whl"
+
+    monkeypatch.setattr(bootstrap, "_download", download)
+    device = Device(sshd.url(python=sys.executable), tmp_path)
+    try:
+        with pytest.raises(DiskFull) as caught:
+            bootstrap.install(device, ["numpy"])
+    finally:
+        shutil.rmtree(sshd.home / ".edgekd/venv", ignore_errors=True)
+    assert caught.value.what == f'installing on "{device.url}" failed: its disk is full'
+    assert words in caught.value.allowed
+    assert caught.value.fix.startswith("free some space there (what edgekd keeps of earlier runs: rm -r ~/.edgekd")
 
 
 @pytest.mark.parametrize(

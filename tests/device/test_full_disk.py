@@ -12,6 +12,7 @@ import pytest
 import small_disk
 from waiting import wait_until
 
+from edgekd.device import porter
 from edgekd.errors import DiskFull
 
 FULL = "free some space there (what edgekd keeps of earlier runs: rm -r ~/.edgekd/files), and run it again: what was"
@@ -43,9 +44,11 @@ def test_a_disk_that_is_filled_while_something_is_sent(sshd, device, tmp_path, c
     with small_disk.mounted(sshd.home / ".edgekd", "150m") as disk:
         other = threading.Thread(target=lambda: wait_until(arrived) and disk.fill())
         other.start()
-        with pytest.raises(DiskFull) as caught, device.job("sent") as job:
-            job.put({"engine": tmp_path / "engine"})
-        other.join()
+        try:
+            with pytest.raises(DiskFull) as caught, device.job("sent") as job:
+                job.put({"engine": tmp_path / "engine"})
+        finally:
+            other.join()
         assert not (Path(job.folder) / "engine").exists() or (Path(job.folder) / "engine").stat().st_size < size
         disk.empty()
         with device.job("sent") as job:
@@ -64,3 +67,35 @@ def test_a_disk_with_no_room_at_all(sshd, device):
             device.facts()
     assert caught.value.what.startswith('device "ssh://board": its disk is full: 0.0 MB free')
     assert caught.value.fix == FULL
+
+
+def test_a_disk_on_which_not_even_our_folder_can_be_made(sshd, device):
+    with small_disk.mounted(sshd.home, "1m,nr_inodes=1"), pytest.raises(DiskFull) as caught:
+        device.facts()
+    assert caught.value.what == 'device "ssh://board": its disk is full: 1.0 MB free'
+    assert caught.value.allowed == f"below {sshd.home}/.edgekd"
+
+
+def test_a_disk_without_room_for_who_has_the_board(sshd, device):
+    temporary = sshd.folder / "tmp"
+    with small_disk.mounted(temporary, "1m") as disk:
+        disk.fill()
+        with pytest.raises(DiskFull) as caught, device.reserved(pytest.fail):
+            pass
+        assert device.transport.holder() == {}
+        disk.empty()
+        with device.reserved(pytest.fail):
+            assert (temporary / "edgekd.lock").exists() and device.transport.holder()["user"]
+    assert caught.value.what == 'device "ssh://board": its disk is full: 0.0 MB free'
+    assert caught.value.allowed == f"below {temporary}"
+
+
+def test_the_lock_of_a_board_is_in_the_temporary_folder(tmp_path, monkeypatch):
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    assert porter.device_lock() == "/tmp/edgekd.lock"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert porter.device_lock() == f"{tmp_path}/edgekd.lock"
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
+    assert porter.device_lock() == "/tmp/edgekd.lock"

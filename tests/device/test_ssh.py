@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import private_sshd
 import pytest
 from waiting import wait_until
 
-from edgekd.device import Device, openssh, ssh
+from edgekd.device import Device, openssh, porter, ssh
 from edgekd.device.openssh import Address, explained
 from edgekd.device.porter import processes_in
 from edgekd.errors import ConnectionLost, EdgekdError, MissingError, RecipeError, StageError
@@ -218,6 +219,16 @@ def test_a_command_whose_connection_is_lost_says_so_and_ends_there(sshd, device)
         assert wait_until(lambda: not processes_in(job.folder))
         assert job.run(["true"], timeout=60).status == 0  # connected again
     assert not Path(job.folder).exists()
+
+
+def test_a_command_that_cannot_be_run_does_not_end_well(device):
+    with device.job() as job:
+        shutil.rmtree(job.folder)
+        finished = job.run(["true"], timeout=30)
+    assert finished.status == porter.NOT_RUN and finished.stdout == ""
+    assert finished.stderr_tail == (f"[Errno 2] No such file or directory: '{job.folder}'",)
+    with pytest.raises(StageError, match=r"the command failed \(exit status 126\)"):
+        finished.check("the command")
 
 
 def test_a_command_goes_on_as_long_as_heartbeats_come(sshd, device, tmp_path, monkeypatch):
